@@ -1,0 +1,181 @@
+"""The maths of one LSTM step, shared by every implementation.
+
+Axes     *B any number of batch axes, I input size, H hidden size, G = 4H gate
+         pre-activations in the order i f g o (input, forget, candidate, output).
+Equation z = x W + h R + b;  i, f, o = sigmoid(z_i, z_f, z_o);  g = tanh(z_g);
+         c' = f c + i g;  h' = o tanh(c').  Hochreiter & Schmidhuber (1997) with the
+         forget gate of Gers, Schmidhuber & Cummins (2000).
+Numerics The products take their operands in the computation dtype; the gates and c
+         are kept in float32 (float64 when that is the computation dtype).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+Initializer = Callable[..., Array]
+
+glorot = jax.nn.initializers.glorot_uniform()
+orthogonal = jax.nn.initializers.orthogonal()
+
+
+class LSTMParams(NamedTuple):
+    """Weights of one layer, gate order i f g o: Keras' layout, PyTorch's transposed.
+
+    Attributes:
+      kernel: `[I, 4H]`, multiplies the input.
+      recurrent_kernel: `[H, 4H]`, multiplies the previous output.
+      bias: `[4H]`. The forget bias is part of it; nothing is added at run time.
+    """
+
+    kernel: Float[Array, "I G"]
+    recurrent_kernel: Float[Array, "H G"]
+    bias: Float[Array, " G"]
+
+
+class LSTMState(NamedTuple):
+    """What one step hands to the next, in Flax's order (c, h).
+
+    Attributes:
+      c: cell state `[*B, H]`, float32 or float64 whatever the computation dtype.
+      h: output `[*B, H]`, in the computation dtype.
+    """
+
+    c: Float[Array, "*B H"]
+    h: Float[Array, "*B H"]
+
+
+def state_dtype(dtype: Any) -> jnp.dtype:
+    """Returns the dtype that carries c: float64 for float64, else float32.
+
+    >>> state_dtype(jnp.bfloat16)
+    dtype('float32')
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def draw(init: Initializer, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any):
+    """Draws from `init` in at least float32, then casts.
+
+    LAPACK has no 16-bit types, so Flax's orthogonal initialiser fails for them.
+    """
+    return init(key, shape, state_dtype(dtype)).astype(dtype)
+
+
+def init_lstm_params(
+    key: PRNGKeyArray,
+    input_size: int,
+    hidden_size: int,
+    *,
+    kernel_init: Initializer = glorot,
+    recurrent_kernel_init: Initializer = orthogonal,
+    forget_bias: float = 1.0,
+    dtype: Any = jnp.float32,
+) -> LSTMParams:
+    """Draws one layer: Glorot-uniform input, orthogonal recurrent, forget bias 1.
+
+    Each gate is drawn on its own, as a `[I, H]` and a `[H, H]` matrix, so that the
+    fan-out of the initialisers is that of one gate.
+
+    Args:
+      key: PRNG key; consumed.
+      input_size: I, the size of one input vector.
+      hidden_size: H, the number of units.
+      kernel_init: Initialiser of the four `[I, H]` input matrices.
+      recurrent_kernel_init: Initialiser of the four `[H, H]` recurrent matrices.
+      forget_bias: Stored in the forget part of `bias` (Jozefowicz, Zaremba &
+        Sutskever 2015 recommend 1); the other biases are 0.
+      dtype: Floating dtype of all three arrays.
+
+    Returns:
+      `LSTMParams` with `kernel [I, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`.
+
+    Raises:
+      ValueError: If a size is below 1.
+    """
+    if input_size < 1 or hidden_size < 1:
+        raise ValueError(
+            "input_size and hidden_size must be at least 1; got "
+            f"input_size={input_size}, hidden_size={hidden_size}."
+        )
+
+    def four(init: Initializer, key: PRNGKeyArray, rows: int) -> Array:
+        gates = [
+            draw(init, k, (rows, hidden_size), dtype) for k in jax.random.split(key, 4)
+        ]
+        return jnp.concatenate(gates, axis=-1)
+
+    key_x, key_h = jax.random.split(key)
+    bias = jnp.zeros((4, hidden_size), dtype).at[1].set(forget_bias)
+    return LSTMParams(
+        kernel=four(kernel_init, key_x, input_size),
+        recurrent_kernel=four(recurrent_kernel_init, key_h, hidden_size),
+        bias=bias.reshape(4 * hidden_size),
+    )
+
+
+def zero_state(
+    batch_shape: tuple[int, ...], hidden_size: int, dtype: Any = jnp.float32
+) -> LSTMState:
+    """Returns the state before the first step: c and h zero, shape `[*B, H]`."""
+    shape = (*batch_shape, hidden_size)
+    return LSTMState(jnp.zeros(shape, state_dtype(dtype)), jnp.zeros(shape, dtype))
+
+
+def activate(
+    z: Float[Array, "*B G"],
+) -> tuple[Array, Array, Array, Array]:
+    """Turns gate pre-activations into the gates i, f, g, o, each `[*B, H]`."""
+    i, f, g, o = jnp.split(z, 4, axis=-1)
+    return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+
+
+def update(i: Array, f: Array, g: Array, o: Array, c: Array) -> tuple[Array, Array]:
+    """Applies the gates to the old cell: returns the new c and h, each `[*B, H]`."""
+    c = f * c + i * g
+    return c, o * jnp.tanh(c)
+
+
+def advance(z: Float[Array, "*B G"], c: Float[Array, "*B H"]) -> LSTMState:
+    """Turns gate pre-activations and the old cell into the new state.
+
+    Elementwise, so it is also legal inside a Pallas kernel body.
+
+    >>> new = advance(jnp.zeros((2, 4)), jnp.ones((2, 1)))
+    >>> new.c.tolist()  # f = 1/2 halves the cell; g = 0 writes nothing
+    [[0.5], [0.5]]
+    """
+    return LSTMState(*update(*activate(z), c))
+
+
+def project(x: Float[Array, "*B D"], kernel: Float[Array, "D G"]) -> Array:
+    """Returns `x @ kernel`: operands in x's dtype, result at least float32."""
+    return jnp.matmul(
+        x, kernel.astype(x.dtype), preferred_element_type=state_dtype(x.dtype)
+    )
+
+
+def lstm_cell(
+    params: LSTMParams, state: LSTMState, x: Float[Array, "*B I"]
+) -> tuple[LSTMState, Float[Array, "*B H"]]:
+    """Advances the LSTM by one step; results in Flax's order.
+
+    Args:
+      params: Weights; cast to x's dtype, which is the computation dtype. The cast is
+        made here, inside any loop, so that the gradient of the weights is summed over
+        time in the dtype of the weights.
+      state: The state before the step.
+      x: Input `[*B, I]`.
+
+    Returns:
+      `(new_state, y)` where y `[*B, H]` is `new_state.h`, in x's dtype.
+    """
+    h = state.h.astype(x.dtype)
+    z = project(x, params.kernel) + project(h, params.recurrent_kernel)
+    z = z + jnp.broadcast_to(params.bias.astype(z.dtype), z.shape)
+    new = advance(z, state.c.astype(z.dtype))
+    h = new.h.astype(x.dtype)
+    return LSTMState(new.c, h), h

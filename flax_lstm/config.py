@@ -1,0 +1,218 @@
+"""Every setting of a run, in frozen dataclasses: the only place with defaults.
+
+A field's docstring is its help text on the command line. Leaf names are unique, so
+that each is a flag of its own (`--batch-size`, not `--data.batch-size`).
+"""
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+
+class UserError(ValueError):
+    """A request that cannot be met as it was given.
+
+    The message says what was given, what was expected and what to do; the command
+    line prints it without a traceback and exits with 2.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes batches."""
+
+    data: str = "demo"
+    """Text with labels: `demo`, a csv, tsv, json, jsonl or parquet file, a folder in
+    aclImdb form, or the name of a Hugging Face dataset (`stanfordnlp/imdb`)."""
+    test_data: str | None = None
+    """The test part, where it is a file of its own."""
+    text_column: str | None = None
+    """Column of the text; found by its name when not given."""
+    label_column: str | None = None
+    """Column of the label; found by its name when not given."""
+    group_column: str | None = None
+    """Rows with one value here stay in one part of a split (reviews of one film)."""
+    validation_fraction: float = 0.1
+    """Share of the rows held out for validation, where the source has no such part."""
+    test_fraction: float = 0.1
+    """Share of the rows held out for the test, where the source has no such part."""
+    pipeline: Literal["words", "tutorial"] = "words"
+    """`words`: lower case, words and punctuation, vocabulary from the training part,
+    right padding in length buckets. `tutorial`: the eleven steps of the tutorial,
+    vocabulary from all rows, left padding to max_length, remainder dropped."""
+    vocabulary_size: int = 30_000
+    """Most frequent words kept; the others become the unknown word."""
+    min_count: int = 2
+    """Words seen fewer times than this in training become the unknown word."""
+    max_length: int = 400
+    """Tokens kept of one text."""
+    buckets: int = 8
+    """Number of padded lengths at the most; each compiles once."""
+    batch_size: int = 64
+    """Texts in one training step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The classifier: embedding, stacked LSTM, pooling, sigmoid readout."""
+
+    library: Literal["nnx", "linen"] = "nnx"
+    """Which Flax API holds the parameters; the numbers are the same."""
+    embedding_size: int = 128
+    """Size of a word vector."""
+    embedding_scale: float = 0.05
+    """Word vectors start uniform in [-scale, scale]."""
+    features: tuple[int, ...] = (128, 64)
+    """Units of each LSTM layer."""
+    pooling: Literal["last", "mean", "max", "concat"] = "concat"
+    """How the outputs over time become one vector; `concat` is all three."""
+    dropout: float = 0.5
+    """Share of each layer's outputs set to zero in training, anew at every step."""
+    forget_bias: float = 1.0
+    """Initial bias of the forget gates."""
+    initializer: Literal["orthogonal", "glorot"] = "orthogonal"
+    """`orthogonal`: Glorot-uniform input and orthogonal recurrent matrices, gate by
+    gate. `glorot`: Glorot-uniform over the stacked [I+H, 4H], as TensorFlow 1."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Computation dtype; parameters and cell state stay in float32 at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Loss, optimiser and the loop."""
+
+    epochs: int = 10
+    """Passes over the training part."""
+    loss: Literal["mse", "bce"] = "mse"
+    """Mean squared error of the scores, or binary cross-entropy."""
+    optimizer: Literal["adamw", "adadelta"] = "adamw"
+    """AdamW, or Adadelta."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, or falling to 0 along a cosine."""
+    warmup_fraction: float = 0.05
+    """Share of all steps over which the learning rate rises from 0."""
+    weight_decay: float = 1e-2
+    """AdamW's decoupled decay of the matrices; biases and word vectors have none."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of a gradient; None leaves it as it is."""
+    rho: float = 0.95
+    """Adadelta's decay rate."""
+    epsilon: float = 1e-8
+    """Added inside the optimiser's denominators."""
+    sparse_embedding: bool = True
+    """Update only the word vectors that a batch uses, as TensorFlow does."""
+    carry_state: bool = False
+    """Start each batch from the final LSTM state of the one before (the tutorial)."""
+    patience: int | None = 3
+    """Epochs without a better validation accuracy before training stops early."""
+    test_with: Literal["best", "last"] = "best"
+    """The checkpoint that is tested at the end."""
+    parallel: Literal["jit", "pmap", "sharded"] = "jit"
+    """One device, or all of them by `jax.pmap` or by `jax.jit` over a mesh."""
+    seed: int = 0
+    """Seed of the split, the order of the rows, the parameters and the dropout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainConfig = TrainConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested plain values, as written to `config.json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(
+        cls, values: dict[str, Any], base: "Config | None" = None
+    ) -> "Config":
+        """Builds a configuration from nested plain values over those of `base`.
+
+        Raises:
+          UserError: If a section, a name or a type is not one of this configuration.
+        """
+        base = base or cls()
+        sections = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+        for section, settings in values.items():
+            if section not in sections:
+                raise UserError(
+                    f"configuration section {section!r} is unknown; "
+                    f"sections are {sorted(sections)}."
+                )
+            if not isinstance(settings, dict):
+                raise UserError(
+                    f"configuration section {section!r} must be a table of settings; "
+                    f"got {settings!r}."
+                )
+            sections[section] = _replaced(section, sections[section], settings)
+        return cls(**sections)
+
+    @classmethod
+    def load(cls, path: str | Path, base: "Config | None" = None) -> "Config":
+        """Reads a `.json` or `.toml` file in the form of `to_dict`.
+
+        Raises:
+          UserError: If the file is missing, does not parse, or holds unknown settings.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            parse = tomllib.loads if path.suffix == ".toml" else json.loads
+            return cls.from_dict(parse(text), base)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read configuration {path}: {error}") from error
+
+
+def _replaced(section: str, defaults: Any, settings: dict[str, Any]) -> Any:
+    """Returns the dataclass `defaults` with `settings` in place, types checked."""
+    known = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(defaults)}
+    for name in settings:
+        if name not in known:
+            raise UserError(
+                f"setting {section}.{name} is unknown; settings are {sorted(known)}."
+            )
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+    }
+    return dataclasses.replace(defaults, **values)
+
+
+TUTORIAL = Config(
+    data=DataConfig(pipeline="tutorial", max_length=244, batch_size=256),
+    model=ModelConfig(
+        embedding_size=300,
+        embedding_scale=1.0,
+        features=(128, 64),
+        pooling="last",
+        dropout=0.5,
+        forget_bias=1.0,
+        initializer="glorot",
+    ),
+    training=TrainConfig(
+        epochs=50,
+        loss="mse",
+        optimizer="adadelta",
+        learning_rate=0.1,
+        schedule="constant",
+        warmup_fraction=0.0,
+        weight_decay=0.0,
+        clip_norm=None,
+        rho=0.95,
+        epsilon=1e-8,
+        sparse_embedding=True,
+        carry_state=True,
+        patience=None,
+        test_with="last",
+    ),
+)
+"""The recipe of "Introduction to LSTMs with TensorFlow", constant by constant."""
+
+PRESETS = {"default": Config(), "tutorial": TUTORIAL}
