@@ -77,6 +77,8 @@ class ModelConfig:
     gate. `glorot`: Glorot-uniform over the stacked [I+H, 4H], as TensorFlow 1."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Computation dtype; parameters and cell state stay in float32 at least."""
+    implementation: Literal["scan", "xla", "pallas", "cudnn"] | None = None
+    """How the recurrence runs; the fastest that can when not given."""
 
 
 @dataclasses.dataclass(frozen=True)
