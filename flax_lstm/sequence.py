@@ -22,15 +22,16 @@ from flax_lstm.cell import LSTMParams, LSTMState, lstm_cell, state_dtype, zero_s
 
 Implementation = Literal["scan", "xla", "pallas", "cudnn"]
 Cell = Callable[[Any, Any, Array], tuple[Any, Array]]
+Given = Array | np.ndarray  # what a caller may hand over
 
 
 def lstm(
     params: LSTMParams,
-    inputs: Float[Array, "T *B I"],
+    inputs: Float[Given, "T *B I"],
     state: LSTMState | None = None,
     *,
-    lengths: Int[Array, "*B"] | None = None,
-    resets: Bool[Array, "T *B"] | None = None,
+    lengths: Int[Given, "*B"] | None = None,
+    resets: Bool[Given, "T *B"] | None = None,
     reverse: bool = False,
     keep_order: bool = False,
     dtype: Any = None,
@@ -98,11 +99,11 @@ def lstm(
 def scan_cell(
     cell: Cell,
     params: Any,
-    inputs: Float[Array, "T *B I"],
+    inputs: Float[Given, "T *B I"],
     state: Any,
     *,
-    lengths: Int[Array, "*B"] | None = None,
-    resets: Bool[Array, "T *B"] | None = None,
+    lengths: Int[Given, "*B"] | None = None,
+    resets: Bool[Given, "T *B"] | None = None,
     reverse: bool = False,
     keep_order: bool = False,
     unroll: int = 1,
@@ -160,7 +161,7 @@ def expand(mask: Array, like: Array) -> Array:
 
 
 def flip(
-    sequence: Float[Array, "T *B H"], lengths: Int[Array, "*B"] | None = None
+    sequence: Float[Array, "T *B H"], lengths: Int[Given, "*B"] | None = None
 ) -> Float[Array, "T *B H"]:
     """Reverses the valid part of each time-major sequence; the padding stays behind.
 
@@ -181,15 +182,21 @@ def vary_with(tree: Any, others: Any) -> Any:
     Inside `jax.shard_map` with `check_vma=True` a carry must start with the varying
     axes it ends with, and zeros made inside start with none.
     """
-    axes = set()
-    for leaf in jax.tree.leaves((tree, others)):
-        axes |= getattr(jax.typeof(leaf), "vma", frozenset())
+    axes = frozenset().union(
+        *(varying_axes(leaf) for leaf in jax.tree.leaves((tree, others)))
+    )
 
     def cast(leaf: Array) -> Array:
-        missing = axes - getattr(jax.typeof(leaf), "vma", frozenset())
+        missing = axes - varying_axes(leaf)
         return lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree) if axes else tree
+
+
+def varying_axes(leaf: Any) -> frozenset[Any]:
+    """Returns the mesh axes over which `leaf` is known to differ inside shard_map."""
+    aval: Any = jax.typeof(leaf)
+    return aval.manual_axis_type.varying
 
 
 def check_params(params: LSTMParams) -> None:
@@ -215,13 +222,19 @@ def check_state(state: LSTMState, shape: tuple[int, ...]) -> None:
 
 
 def check_sequence(
-    inputs: Array,
-    lengths: Array | None,
-    resets: Array | None,
+    inputs: Any,
+    lengths: Any,
+    resets: Any,
     *,
     input_size: int,
 ) -> None:
     """Raises TypeError or ValueError where a sequence argument does not fit."""
+    given = {"inputs": inputs, "lengths": lengths, "resets": resets}
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Array | np.ndarray):
+            raise TypeError(
+                f"{name} must be a JAX or NumPy array; got {type(value).__name__}."
+            )
     if inputs.ndim < 2 or inputs.shape[-1] != input_size:
         raise ValueError(
             f"inputs must be [time, *batch, {input_size}] to match params.kernel; "
@@ -241,7 +254,7 @@ def check_sequence(
             )
 
 
-def check_lengths(lengths: Array, inputs_shape: tuple[int, ...]) -> None:
+def check_lengths(lengths: Given, inputs_shape: tuple[int, ...]) -> None:
     """Raises unless lengths are integers `[*B]`, within 0 … T where they are known."""
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths must be integers; got {lengths.dtype}.")
