@@ -8,7 +8,8 @@ import dataclasses
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 class UserError(ValueError):
@@ -167,24 +168,69 @@ class Config:
         try:
             text = path.read_text(encoding="utf-8")
             parse = tomllib.loads if path.suffix == ".toml" else json.loads
-            return cls.from_dict(parse(text), base)
+            values = parse(text)
+            if not isinstance(values, dict):
+                raise UserError(f"expected tables of settings; got {values!r:.80}.")
+            return cls.from_dict(values, base)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read configuration {path}: {error}") from error
 
 
 def _replaced(section: str, defaults: Any, settings: dict[str, Any]) -> Any:
     """Returns the dataclass `defaults` with `settings` in place, types checked."""
-    known = {f.name: getattr(defaults, f.name) for f in dataclasses.fields(defaults)}
-    for name in settings:
+    known = {f.name: f.type for f in dataclasses.fields(defaults)}
+    values = {}
+    for name, value in settings.items():
         if name not in known:
             raise UserError(
                 f"setting {section}.{name} is unknown; settings are {sorted(known)}."
             )
-    values = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in settings.items()
-    }
+        try:
+            values[name] = _fitted(known[name], value)
+        except TypeError:
+            raise UserError(
+                f"setting {section}.{name} must be {_described(known[name])}; "
+                f"got {value!r}."
+            ) from None
     return dataclasses.replace(defaults, **values)
+
+
+def _fitted(kind: Any, value: Any) -> Any:
+    """Returns `value`, as JSON or TOML gives it, in the type `kind` of a field.
+
+    Raises:
+      TypeError: If it does not fit. A boolean is no number; a whole number is a float.
+    """
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if isinstance(value, str) and value in choices:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_fitted(choices[0], item) for item in value)
+    elif origin in (Union, UnionType):
+        for choice in choices:
+            try:
+                return _fitted(choice, value)
+            except TypeError:
+                continue
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise TypeError
+
+
+def _described(kind: Any) -> str:
+    """Returns the type of a field in words."""
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, choices))
+    if origin is tuple:
+        return f"a list of {choices[0].__name__}"
+    if origin in (Union, UnionType):
+        return " or ".join(_described(choice) for choice in choices)
+    return "null" if kind is type(None) else kind.__name__
 
 
 TUTORIAL = Config(

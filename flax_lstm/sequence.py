@@ -75,6 +75,7 @@ def lstm(
             f'implementation="{implementation}" does not exist yet; use "scan" or None.'
         )
     check_params(params)
+    params = LSTMParams(*(jnp.asarray(p) for p in params))
     check_sequence(inputs, lengths, resets, input_size=params.kernel.shape[0])
     dtype = jnp.dtype(dtype or jnp.result_type(inputs, params.kernel))
     hidden_size = params.recurrent_kernel.shape[0]

@@ -7,16 +7,18 @@ annotation of the package checked at each call.
 
 import logging
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import jax
-from jaxtyping import install_import_hook
+import jaxtyping
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Undone by nothing: the modules stay instrumented for the whole test process.
-install_import_hook(["flax_lstm", "flax_lstm_kernels"], "beartype.beartype")
+jaxtyping.install_import_hook(["flax_lstm", "flax_lstm_kernels"], "beartype.beartype")
 
 for chatty in ("absl", "orbax", "jax", "datasets", "httpx"):
     logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -31,3 +33,21 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("flax_lstm")
+
+
+@pytest.fixture
+def as_installed() -> Iterator[None]:
+    """Switches the annotation checks off: the package as its users run it.
+
+    For tests of error messages, which the checks would otherwise forestall.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Runs the test with 64-bit types."""
+    with jax.enable_x64(True):
+        yield
