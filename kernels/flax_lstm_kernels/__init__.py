@@ -1,0 +1,1 @@
+"""Accelerator kernels of `flax_lstm.lstm`. None has been added yet."""

@@ -1,0 +1,156 @@
+"""Which file may import which, read from the source; importing does no work."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A node is a file or a folder directly under flax_lstm/; the kernels and the
+# experiments are one node each. Every file stands here, with the nodes that it may
+# import: a new arrow is a decision, so it is written down.
+CORE = "cell derivative sequence variants dropout"
+MODULES = f"{CORE} config pooling embedding nnx linen"
+ARROWS = {
+    "__init__": f"{CORE} explain",
+    "cell": "",
+    "config": "",
+    "pooling": "",
+    "demo_corpus": "",
+    "dropout": "cell",
+    "variants": "cell",
+    "derivative": "cell",
+    "sequence": "cell derivative dropout variants kernels",
+    "convert": "cell variants",
+    "nnx": f"{CORE} config pooling",
+    "linen": f"{CORE} config pooling",
+    "data": "config demo_corpus",
+    "train": MODULES,
+    "checkpoint": "config train",
+    "report": "config train data",
+    "run": f"{MODULES} data train checkpoint report",
+    "cli": f"{MODULES} data train checkpoint report run",
+    "kernels": "cell",
+    "experiments": f"{MODULES} convert data train checkpoint report run cli kernels",
+}
+# Third-party packages that only these nodes touch.
+OWNERS = {
+    "datasets": {"data", "experiments"},
+    "tokenizers": {"data"},
+    "orbax": {"checkpoint"},
+    "tyro": {"cli"},
+    "rich": {"cli", "report", "run"},
+}
+# Executes what a file says (pickle and its kin), or would make a peer a dependency.
+NEVER = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"} | {
+    "torch",
+    "tensorflow",
+    "keras",
+    "haiku",
+    "equinox",
+    "onnx",
+}
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Yields (node, file) for every file of the package, kernels and experiments."""
+    for path in sorted((ROOT / "flax_lstm").rglob("*.py")):
+        yield path.relative_to(ROOT / "flax_lstm").parts[0].removesuffix(".py"), path
+    for node in ("kernels", "experiments"):
+        for path in sorted((ROOT / node).rglob("*.py")):
+            yield node, path
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """Yields (dotted name, line) of every import, inside functions too."""
+    for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(statement, ast.Import):
+            for alias in statement.names:
+                yield alias.name, statement.lineno
+        elif isinstance(statement, ast.ImportFrom):
+            dots = "." * statement.level
+            yield dots + (statement.module or ""), statement.lineno
+            if statement.module in ("flax_lstm", "flax_lstm_kernels"):
+                for alias in statement.names:
+                    yield f"{statement.module}.{alias.name}", statement.lineno
+
+
+SOURCES = [pytest.param(*s, id=str(s[1].relative_to(ROOT))) for s in sources()]
+
+
+def test_the_table_has_no_circle():
+    order = graphlib.TopologicalSorter({n: a.split() for n, a in ARROWS.items()})
+    assert list(order.static_order())
+
+
+@pytest.mark.parametrize(("node", "path"), SOURCES)
+def test_only_listed_arrows_exist(node, path):
+    assert node in ARROWS, f"{path.name}: give {node!r} its row in ARROWS"
+    allowed = {node, *ARROWS[node].split()}
+    for name, line in imported(path):
+        where = f"{path.name}:{line} imports {name}"
+        assert not name.startswith("."), f"{where}: imports are absolute"
+        top, *rest = name.split(".")
+        if top == "flax_lstm_kernels":
+            assert "kernels" in allowed, f"{where}: not listed for {node!r}"
+        # A name from flax_lstm/__init__ itself counts for nothing: it is in the core.
+        if top == "flax_lstm" and rest and (rest[0] in ARROWS):
+            assert rest[0] in allowed, f"{where}: not listed for {node!r}"
+
+
+@pytest.mark.parametrize(("node", "path"), SOURCES)
+def test_outside_packages_are_touched_by_their_owners_only(node, path):
+    for name, line in imported(path):
+        where, top = f"{path.name}:{line} imports {name}", name.split(".")[0]
+        assert node in OWNERS.get(top, {node}), f"{where}: only {OWNERS[top]} may"
+        if node != "experiments":
+            assert top not in NEVER, f"{where}: never"
+
+
+def test_kernels_are_imported_inside_functions_only():
+    for node, path in sources():
+        if node in ("kernels", "experiments"):
+            continue
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = ast.dump(statement) if "Import" in type(statement).__name__ else ""
+            assert "flax_lstm_kernels" not in names, f"{path.name} at its top level"
+
+
+def run(program: str) -> str:
+    """Runs a program in a fresh interpreter and returns its standard output."""
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.strip()
+
+
+HEAVY = ["datasets", "tokenizers", "tyro", "orbax.checkpoint", "flax", "matplotlib"]
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    got = run(f"import flax_lstm, sys; print([m for m in {HEAVY} if m in sys.modules])")
+    assert got == "[]"
+
+
+@pytest.mark.parametrize("module", ["", ".nnx", ".linen", ".train", ".run", ".cli"])
+def test_importing_touches_no_device(module):
+    """`jax_num_cpu_devices` can be set until a backend starts, and not after."""
+    run(
+        f"import flax_lstm{module}, jax; jax.config.update('jax_num_cpu_devices', 2); "
+        "assert jax.device_count() >= 1"
+    )
+
+
+@pytest.mark.parametrize("module", ["", ".nnx", ".linen", ".train", ".convert"])
+def test_the_parts_without_text_import_without_the_text_libraries(module):
+    run(
+        "import sys\n"
+        "for name in ('datasets', 'tokenizers', 'tyro'): sys.modules[name] = None\n"
+        f"import flax_lstm{module}"
+    )
