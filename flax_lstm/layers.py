@@ -1,0 +1,357 @@
+"""What the Flax modules of both APIs share: one layer, a stack, the initialisers.
+
+The modules hold parameters and options; everything they compute is here and in
+`flax_lstm.sequence`.
+
+Axes     T time, *B any number of batch axes, I input size, H hidden size. Inputs are
+         `[*B, T, I]`, or `[T, *B, I]` where time_major.
+Names    Those of Flax's `RNN`: a carry is an `LSTMState`, or any pair (c, h).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from flax_lstm.cell import (
+    Initializer,
+    LSTMParams,
+    LSTMState,
+    draw,
+    glorot,
+    lstm_cell,
+    orthogonal,
+    project,
+    state_dtype,
+    zero_state,
+)
+from flax_lstm.config import ModelConfig
+from flax_lstm.dropout import dropout, fold_in
+from flax_lstm.sequence import Cell, Implementation, lstm, scan_cell
+
+Activation = Callable[[Array], Array]
+InitializerName = Literal["orthogonal", "glorot"]
+MergeName = Literal["concat", "sum", "mean", "mul"]
+
+MERGES: dict[str, Callable[[Array, Array], Array]] = {
+    "concat": lambda a, b: jnp.concatenate([a, b], axis=-1),
+    "sum": lambda a, b: a + b,
+    "mean": lambda a, b: (a + b) / 2,
+    "mul": lambda a, b: a * b,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """The functions of the gates i, f, o and of the candidate g and the output.
+
+    Called as `lstm_cell` is; with the defaults it is `lstm_cell` to the last bit.
+    """
+
+    gate_fn: Activation = jax.nn.sigmoid
+    activation_fn: Activation = jnp.tanh
+
+    @property
+    def standard(self) -> bool:
+        """Whether these are the logistic sigmoid and tanh, which kernels know."""
+        return self.gate_fn is jax.nn.sigmoid and self.activation_fn is jnp.tanh
+
+    def __call__(
+        self, params: LSTMParams, state: LSTMState, x: Array
+    ) -> tuple[LSTMState, Array]:
+        """Advances by one step; see `flax_lstm.cell.lstm_cell`."""
+        h = state.h.astype(x.dtype)
+        z = project(x, params.kernel) + project(h, params.recurrent_kernel)
+        z = z + jnp.broadcast_to(params.bias.astype(z.dtype), z.shape)
+        i, f, g, o = jnp.split(z, 4, axis=-1)
+        c = self.gate_fn(f) * state.c.astype(z.dtype)
+        c = c + self.gate_fn(i) * self.activation_fn(g)
+        h = (self.gate_fn(o) * self.activation_fn(c)).astype(x.dtype)
+        return LSTMState(c, h), h
+
+
+def step(
+    params: LSTMParams, carry: Any, x: Array, *, dtype: Any, activations: Activations
+) -> tuple[Any, Array]:
+    """Advances a module's carry by one step, inside Flax's own `RNN` or alone.
+
+    The new carry has the container and the dtypes of the old one, as a scan demands.
+    """
+    c, h = carry
+    dtype = jnp.dtype(dtype or jnp.result_type(x, params.kernel))
+    cell: Cell = lstm_cell if activations.standard else activations
+    new, y = cell(params, LSTMState(c, h), jnp.asarray(x, dtype))
+    return like(carry, LSTMState(new.c.astype(c.dtype), new.h.astype(h.dtype))), y
+
+
+def like(carry: Any, state: LSTMState) -> Any:
+    """Puts a state into the container of `carry`: a plain pair stays a plain pair."""
+    return jax.tree.unflatten(jax.tree.structure(carry), tuple(state))
+
+
+def initial_carry(
+    keys: tuple[Array, Array] | None,
+    batch_shape: tuple[int, ...],
+    hidden_size: int,
+    *,
+    carry_init: Initializer | None,
+    dtype: Any,
+) -> LSTMState:
+    """Draws the state before the first step; zero where no keys are given."""
+    if carry_init is None or keys is None:
+        return zero_state(batch_shape, hidden_size, dtype)
+    shape = (*batch_shape, hidden_size)
+    c = carry_init(keys[0], shape, state_dtype(dtype))
+    return LSTMState(c, carry_init(keys[1], shape, dtype))
+
+
+def run_layer(
+    params: LSTMParams,
+    inputs: Any,
+    carry: Any,
+    *,
+    seq_lengths: Any,
+    resets: Any,
+    time_major: bool,
+    reverse: bool,
+    keep_order: bool,
+    dtype: Any,
+    implementation: Implementation | None,
+    unroll: int,
+    activations: Activations,
+) -> tuple[Any, Array]:
+    """Runs one layer over inputs in a module's axes: returns `(carry, outputs)`.
+
+    Raises:
+      NotImplementedError: If `implementation` cannot run, or has no such activations.
+    """
+    inputs = jnp.asarray(inputs)
+    lengths = None if seq_lengths is None else jnp.asarray(seq_lengths)
+    resets = None if resets is None else jnp.asarray(resets)
+    if not time_major:
+        inputs = jnp.moveaxis(inputs, -2, 0)
+        resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
+    dtype = jnp.dtype(dtype or jnp.result_type(inputs, params.kernel))
+    c, h = carry
+    state = LSTMState(c.astype(state_dtype(dtype)), h.astype(dtype))
+    options = {
+        "lengths": lengths,
+        "resets": resets,
+        "reverse": reverse,
+        "keep_order": keep_order,
+        "unroll": unroll,
+    }
+    if activations.standard:
+        new, outputs = lstm(
+            params, inputs, state, dtype=dtype, implementation=implementation, **options
+        )
+    elif implementation in (None, "scan"):
+        cell: Cell = activations
+        new, outputs = scan_cell(cell, params, inputs.astype(dtype), state, **options)
+    else:
+        raise NotImplementedError(
+            f'implementation="{implementation}" knows sigmoid and tanh only; use '
+            '"scan" or None with another gate_fn or activation_fn.'
+        )
+    if not time_major:
+        outputs = jnp.moveaxis(outputs, 0, -2)
+    return like(carry, new), outputs
+
+
+def run_both(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    inputs: Any,
+    carry: Any,
+    *,
+    merge: MergeName | Callable[[Array, Array], Array],
+    **options: Any,
+) -> tuple[tuple[Any, Any], Array]:
+    """Runs two layers, the second from the end, and merges their outputs."""
+    carries = (None, None) if carry is None else carry
+    directions = zip((forward, backward), carries, (False, True), strict=True)
+    (first, ahead), (second, behind) = (
+        layer(
+            inputs,
+            initial_carry=start,
+            reverse=reverse,
+            keep_order=True,
+            return_carry=True,
+            **options,
+        )
+        for layer, start, reverse in directions
+    )
+    return (first, second), merge_function(merge)(ahead, behind)
+
+
+def merge_function(
+    merge: MergeName | Callable[[Array, Array], Array],
+) -> Callable[[Array, Array], Array]:
+    """Returns the function that merges the outputs of two directions.
+
+    Raises:
+      ValueError: If `merge` is a name that is not known.
+    """
+    if callable(merge):
+        return merge
+    if merge not in MERGES:
+        raise ValueError(
+            f"merge must be a function or one of {tuple(MERGES)}; got {merge!r}."
+        )
+    return MERGES[merge]
+
+
+def run_stack(
+    layers: Sequence[Callable[..., Any]],
+    inputs: Any,
+    carries: Any,
+    *,
+    rate: float,
+    key: Array | None,
+    variational: bool,
+    residual: bool,
+    time_major: bool,
+    reverse: bool = False,
+    **options: Any,
+) -> tuple[tuple[Any, ...], Array]:
+    """Runs layers one after another, each with dropout on its outputs.
+
+    Args:
+      layers: Modules with the call signature of `LSTM`.
+      inputs: `[*B, T, I]`, or `[T, *B, I]` where time_major.
+      carries: One carry for each layer; all initial when None.
+      rate: Dropout rate of the outputs of every layer.
+      key: Key of the masks, or one for each row; None for no dropout.
+      variational: One mask per sequence in place of one per step.
+      residual: Adds a layer's inputs to its outputs where the sizes are equal.
+      time_major: Axes of the inputs and of the outputs.
+      reverse: Direction of all layers.
+      **options: seq_lengths and resets, for every layer.
+
+    Returns:
+      `(carries, outputs)`, a tuple with one carry per layer; outputs in the order of
+      the inputs.
+
+    Raises:
+      ValueError: If the number of carries is not that of the layers.
+    """
+    if carries is None:
+        carries = (None,) * len(layers)
+    if len(carries) != len(layers):
+        raise ValueError(
+            f"initial_carry must hold one carry for each of the {len(layers)} layers; "
+            f"got {len(carries)}."
+        )
+    values = jnp.asarray(inputs)
+    resets = options.pop("resets", None)
+    if not time_major:
+        values = jnp.moveaxis(values, -2, 0)
+        resets = None if resets is None else jnp.moveaxis(jnp.asarray(resets), -1, 0)
+    new = []
+    for number, (layer, carry) in enumerate(zip(layers, carries, strict=True)):
+        carry, outputs = layer(
+            values,
+            initial_carry=carry,
+            resets=resets,
+            reverse=reverse,
+            keep_order=True,
+            return_carry=True,
+            time_major=True,
+            **options,
+        )
+        new.append(carry)
+        if key is not None:
+            layer_key = fold_in(key, number)
+            outputs = dropout(outputs, layer_key, rate, variational=variational)
+        if residual and outputs.shape == values.shape:
+            outputs = outputs + values.astype(outputs.dtype)
+        values = outputs
+    return tuple(new), values if time_major else jnp.moveaxis(values, 0, -2)
+
+
+def embed(table: Array, tokens: Array, dtype: Any) -> Array:
+    """Looks word vectors up: tokens of any shape to `[*tokens.shape, E]`.
+
+    Rows are cast after the look-up, so that the table is never copied. An id outside
+    the table gives NaN, as in `flax.linen.Embed`.
+    """
+    return jnp.take(table, tokens, axis=0).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Initialiser: uniform in [-scale, scale)."""
+
+    scale: float
+
+    def __call__(
+        self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> Array:
+        """Draws an array."""
+        return jax.random.uniform(key, shape, dtype, -self.scale, self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByGate:
+    """Initialiser of a fused `[D, 4H]` matrix: draws the four `[D, H]` one by one.
+
+    The fan-out that `init` sees is that of one gate, as in the layouts that store the
+    gates apart; and an orthogonal matrix is square.
+    """
+
+    init: Initializer
+
+    def __call__(
+        self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> Array:
+        """Draws an array."""
+        rows, hidden = shape[0], shape[1] // 4
+        gates = [
+            draw(self.init, k, (rows, hidden), dtype) for k in jax.random.split(key, 4)
+        ]
+        return jnp.concatenate(gates, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedBias:
+    """Initialiser of a fused bias `[4H]`: `init`, plus forget_bias in the second H."""
+
+    init: Initializer
+    forget_bias: float
+
+    def __call__(
+        self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> Array:
+        """Draws an array."""
+        hidden = shape[0] // 4
+        bias = self.init(key, shape, dtype)
+        return bias.at[hidden : 2 * hidden].add(self.forget_bias)
+
+
+def weight_initializers(
+    name: InitializerName, input_size: int, hidden_size: int
+) -> tuple[Initializer, Initializer]:
+    """Returns the initialisers of one gate's input and recurrent matrix.
+
+    "orthogonal": Glorot-uniform and orthogonal, gate by gate. "glorot": both uniform
+    within the limit of the stacked matrix `[I + H, 4H]`, as TensorFlow 1 draws them.
+
+    Raises:
+      ValueError: If the name is unknown.
+    """
+    if name == "orthogonal":
+        return glorot, orthogonal
+    if name == "glorot":
+        # Glorot & Bengio (2010), equation 16, with fans I + H and 4H.
+        stacked = Uniform((6 / (input_size + hidden_size + 4 * hidden_size)) ** 0.5)
+        return stacked, stacked
+    raise ValueError(f'initializer must be "orthogonal" or "glorot"; got {name!r}.')
+
+
+def initial_state(config: ModelConfig, batch_size: int) -> tuple[LSTMState, ...]:
+    """Returns the zero state of every layer of a classifier, `[B, H]` each."""
+    dtype = jnp.dtype(config.dtype)
+    return tuple(zero_state((batch_size,), size, dtype) for size in config.features)
