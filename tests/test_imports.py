@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # experiments are one node each. Every file stands here, with the nodes that it may
 # import: a new arrow is a decision, so it is written down.
 CORE = "cell derivative sequence variants dropout"
-MODULES = f"{CORE} config pooling embedding nnx linen"
+MODULES = f"{CORE} config pooling embedding layers nnx linen"
 ARROWS = {
     "__init__": f"{CORE} explain",
     "cell": "",
@@ -27,8 +27,9 @@ ARROWS = {
     "derivative": "cell",
     "sequence": "cell derivative dropout variants kernels",
     "convert": "cell variants",
-    "nnx": f"{CORE} config pooling",
-    "linen": f"{CORE} config pooling",
+    "layers": f"{CORE} config",
+    "nnx": f"{CORE} config pooling layers",
+    "linen": f"{CORE} config pooling layers",
     "data": "config demo_corpus",
     "train": MODULES,
     "checkpoint": "config train",
