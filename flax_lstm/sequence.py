@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from flax_lstm.cell import LSTMParams, LSTMState, lstm_cell, state_dtype, zero_state
@@ -126,6 +127,8 @@ def scan_cell(
     Returns:
       `(final_state, outputs)`.
     """
+    inputs = jnp.asarray(inputs)
+    resets = None if resets is None else jnp.asarray(resets)
     steps = inputs.shape[0]
     live = None
     if lengths is not None:
@@ -264,7 +267,7 @@ def check_lengths(lengths: Given, inputs_shape: tuple[int, ...]) -> None:
             f"lengths must be [*batch] = {inputs_shape[1:-1]} to match inputs; "
             f"got {lengths.shape}."
         )
-    if isinstance(lengths, jax.core.Tracer):
+    if isinstance(lengths, Tracer):
         return  # values are unknown while tracing
     values = np.asarray(lengths)
     if values.size and not (values.min() >= 0 and values.max() <= inputs_shape[0]):
