@@ -18,7 +18,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Undone by nothing: the modules stay instrumented for the whole test process.
-jaxtyping.install_import_hook(["flax_lstm", "flax_lstm_kernels"], "beartype.beartype")
+jaxtyping.install_import_hook(["flax_lstm", "flax_lstm_kernels"], "annotations.checked")
 
 for chatty in ("absl", "orbax", "jax", "datasets", "httpx"):
     logging.getLogger(chatty).setLevel(logging.ERROR)
