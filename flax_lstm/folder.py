@@ -1,0 +1,92 @@
+"""The folder of a run: one writer at a time, and files that are whole or absent."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flax_lstm.config import UserError
+
+LOCK = ".lock"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for this process; creates it, and finds it writable.
+
+    The lock is the kernel's: it goes with the process that holds it, however it ends.
+
+    Raises:
+      UserError: If another process holds the folder (names it), or it cannot be
+        written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run folder {folder}: {error.strerror}; give one that "
+            "can be written (--folder), or free its disk."
+        ) from error
+    with open(lock, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = file.read() or "another process"
+            raise UserError(
+                f"the run folder {folder} is being written by {holder}; wait for it to "
+                "end, or give another folder."
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON to a neighbouring file first, so that `path` is never half there."""
+    whole = path.with_name(f".{path.name}.tmp")
+    with open(whole, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    whole.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run.
+
+    Raises:
+      UserError: If it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} of the run: {error}.") from error
+
+
+def holds_run(folder: Path) -> bool:
+    """Says whether a run was started in this folder."""
+    return (folder / CONFIG).exists()
+
+
+def unused(parent: Path, name: str) -> Path:
+    """Returns the first of `parent/name-1`, `parent/name-2`, … that does not exist."""
+    n = 1
+    while (parent / f"{name}-{n}").exists():
+        n += 1
+    return parent / f"{name}-{n}"
