@@ -1,4 +1,4 @@
-"""What the Flax modules of both APIs share: one layer, a stack, the initialisers.
+"""What the Flax modules of both APIs share: one layer, two directions, a stack.
 
 The modules hold parameters and options; everything they compute is here and in
 `flax_lstm.sequence`.
@@ -20,20 +20,16 @@ from flax_lstm.cell import (
     Initializer,
     LSTMParams,
     LSTMState,
-    draw,
-    glorot,
     lstm_cell,
-    orthogonal,
     project,
     state_dtype,
     zero_state,
 )
 from flax_lstm.config import ModelConfig
 from flax_lstm.dropout import dropout, fold_in
-from flax_lstm.sequence import Cell, Implementation, lstm, scan_cell
+from flax_lstm.sequence import Cell, Implementation, flip, lstm, scan_cell
 
 Activation = Callable[[Array], Array]
-InitializerName = Literal["orthogonal", "glorot"]
 MergeName = Literal["concat", "sum", "mean", "mul"]
 
 MERGES: dict[str, Callable[[Array, Array], Array]] = {
@@ -126,9 +122,13 @@ def run_layer(
     """Runs one layer over inputs in a module's axes: returns `(carry, outputs)`.
 
     Raises:
+      ValueError: If the inputs have no time axis.
       NotImplementedError: If `implementation` cannot run, or has no such activations.
     """
     inputs = jnp.asarray(inputs)
+    if inputs.ndim < 2:
+        axes = "[time, *batch" if time_major else "[*batch, time"
+        raise ValueError(f"inputs must be {axes}, features]; got {inputs.shape}.")
     lengths = None if seq_lengths is None else jnp.asarray(seq_lengths)
     resets = None if resets is None else jnp.asarray(resets)
     if not time_major:
@@ -214,7 +214,10 @@ def run_stack(
     variational: bool,
     residual: bool,
     time_major: bool,
-    reverse: bool = False,
+    reverse: bool,
+    keep_order: bool,
+    seq_lengths: Any,
+    resets: Any,
     **options: Any,
 ) -> tuple[tuple[Any, ...], Array]:
     """Runs layers one after another, each with dropout on its outputs.
@@ -229,11 +232,13 @@ def run_stack(
       residual: Adds a layer's inputs to its outputs where the sizes are equal.
       time_major: Axes of the inputs and of the outputs.
       reverse: Direction of all layers.
-      **options: seq_lengths and resets, for every layer.
+      keep_order: With reverse, return the outputs in the order of the inputs.
+      seq_lengths: Valid steps of each row.
+      resets: Steps before which the state is set to zero, in every layer.
+      **options: Further call arguments of every layer.
 
     Returns:
-      `(carries, outputs)`, a tuple with one carry per layer; outputs in the order of
-      the inputs.
+      `(carries, outputs)`, a tuple with one carry per layer.
 
     Raises:
       ValueError: If the number of carries is not that of the layers.
@@ -246,7 +251,7 @@ def run_stack(
             f"got {len(carries)}."
         )
     values = jnp.asarray(inputs)
-    resets = options.pop("resets", None)
+    lengths = None if seq_lengths is None else jnp.asarray(seq_lengths)
     if not time_major:
         values = jnp.moveaxis(values, -2, 0)
         resets = None if resets is None else jnp.moveaxis(jnp.asarray(resets), -1, 0)
@@ -255,6 +260,7 @@ def run_stack(
         carry, outputs = layer(
             values,
             initial_carry=carry,
+            seq_lengths=lengths,
             resets=resets,
             reverse=reverse,
             keep_order=True,
@@ -269,6 +275,8 @@ def run_stack(
         if residual and outputs.shape == values.shape:
             outputs = outputs + values.astype(outputs.dtype)
         values = outputs
+    if reverse and not keep_order:
+        values = flip(values, lengths)
     return tuple(new), values if time_major else jnp.moveaxis(values, 0, -2)
 
 
@@ -279,76 +287,6 @@ def embed(table: Array, tokens: Array, dtype: Any) -> Array:
     the table gives NaN, as in `flax.linen.Embed`.
     """
     return jnp.take(table, tokens, axis=0).astype(dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Uniform:
-    """Initialiser: uniform in [-scale, scale)."""
-
-    scale: float
-
-    def __call__(
-        self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-    ) -> Array:
-        """Draws an array."""
-        return jax.random.uniform(key, shape, dtype, -self.scale, self.scale)
-
-
-@dataclasses.dataclass(frozen=True)
-class ByGate:
-    """Initialiser of a fused `[D, 4H]` matrix: draws the four `[D, H]` one by one.
-
-    The fan-out that `init` sees is that of one gate, as in the layouts that store the
-    gates apart; and an orthogonal matrix is square.
-    """
-
-    init: Initializer
-
-    def __call__(
-        self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-    ) -> Array:
-        """Draws an array."""
-        rows, hidden = shape[0], shape[1] // 4
-        gates = [
-            draw(self.init, k, (rows, hidden), dtype) for k in jax.random.split(key, 4)
-        ]
-        return jnp.concatenate(gates, axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class FusedBias:
-    """Initialiser of a fused bias `[4H]`: `init`, plus forget_bias in the second H."""
-
-    init: Initializer
-    forget_bias: float
-
-    def __call__(
-        self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-    ) -> Array:
-        """Draws an array."""
-        hidden = shape[0] // 4
-        bias = self.init(key, shape, dtype)
-        return bias.at[hidden : 2 * hidden].add(self.forget_bias)
-
-
-def weight_initializers(
-    name: InitializerName, input_size: int, hidden_size: int
-) -> tuple[Initializer, Initializer]:
-    """Returns the initialisers of one gate's input and recurrent matrix.
-
-    "orthogonal": Glorot-uniform and orthogonal, gate by gate. "glorot": both uniform
-    within the limit of the stacked matrix `[I + H, 4H]`, as TensorFlow 1 draws them.
-
-    Raises:
-      ValueError: If the name is unknown.
-    """
-    if name == "orthogonal":
-        return glorot, orthogonal
-    if name == "glorot":
-        # Glorot & Bengio (2010), equation 16, with fans I + H and 4H.
-        stacked = Uniform((6 / (input_size + hidden_size + 4 * hidden_size)) ** 0.5)
-        return stacked, stacked
-    raise ValueError(f'initializer must be "orthogonal" or "glorot"; got {name!r}.')
 
 
 def initial_state(config: ModelConfig, batch_size: int) -> tuple[LSTMState, ...]:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 # experiments are one node each. Every file stands here, with the nodes that it may
 # import: a new arrow is a decision, so it is written down.
 CORE = "cell derivative sequence variants dropout"
-MODULES = f"{CORE} config pooling embedding layers nnx linen"
+MODULES = f"{CORE} config pooling embedding initializers layers nnx linen"
+WORK = "data batching optim parallel train checkpoint"
 ARROWS = {
     "__init__": f"{CORE} explain",
     "cell": "",
@@ -27,25 +28,34 @@ ARROWS = {
     "derivative": "cell",
     "sequence": "cell derivative dropout variants kernels",
     "convert": "cell variants",
-    "layers": f"{CORE} config",
-    "nnx": f"{CORE} config pooling layers",
-    "linen": f"{CORE} config pooling layers",
-    "data": "config demo_corpus",
-    "train": MODULES,
-    "checkpoint": "config train",
-    "report": "config train data",
-    "run": f"{MODULES} data train checkpoint report",
-    "cli": f"{MODULES} data train checkpoint report run",
+    "initializers": "cell",
+    "layers": f"{CORE} config initializers",
+    "nnx": f"{CORE} config pooling initializers layers",
+    "linen": f"{CORE} config pooling initializers layers",
+    "labels": "config",
+    "text": "config",
+    "batching": "config",
+    "sources": "config demo_corpus labels text",
+    "data": "config demo_corpus labels text batching sources",
+    "leaves": "",
+    "checkpoint": "config leaves",
+    "optim": "config",
+    "parallel": "optim",
+    "train": f"{MODULES} optim parallel",
+    "report": "config",
+    "folder": "config",
+    "run": f"{MODULES} {WORK} folder report",
+    "cli": "config report run demo_corpus",
     "kernels": "cell",
-    "experiments": f"{MODULES} convert data train checkpoint report run cli kernels",
+    "experiments": f"{MODULES} {WORK} convert folder report run cli kernels",
 }
 # Third-party packages that only these nodes touch.
 OWNERS = {
-    "datasets": {"data", "experiments"},
-    "tokenizers": {"data"},
+    "datasets": {"data", "sources", "experiments"},
+    "tokenizers": {"text"},
     "orbax": {"checkpoint"},
     "tyro": {"cli"},
-    "rich": {"cli", "report", "run"},
+    "rich": {"cli", "report"},
 }
 # Executes what a file says (pickle and its kin), or would make a peer a dependency.
 NEVER = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"} | {
