@@ -14,7 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Key
 
 WIDTHS = (1, 2, 4, 8, 16)
 
@@ -33,14 +33,14 @@ def threshold(rate: float) -> tuple[int, int]:
     return min(round(rate * 2**16), 2**16 - 1), 16
 
 
-def typed_key(key: Array) -> PRNGKeyArray:
+def typed_key(key: Array) -> Key[Array, "*B"]:
     """Returns a typed key; wraps the raw uint32 ones of `jax.random.PRNGKey`."""
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)
 
 
-def fold_in(key: PRNGKeyArray, number: int) -> PRNGKeyArray:
+def fold_in(key: Array, number: int) -> Key[Array, "*B"]:
     """Derives a key, or one key for each of an array of keys."""
     key = typed_key(key)
     if key.shape == ():
@@ -49,9 +49,7 @@ def fold_in(key: PRNGKeyArray, number: int) -> PRNGKeyArray:
     return rows.reshape(key.shape)
 
 
-def keep_mask(
-    key: PRNGKeyArray, shape: tuple[int, ...], rate: float
-) -> Bool[Array, "T *B H"]:
+def keep_mask(key: Array, shape: tuple[int, ...], rate: float) -> Bool[Array, "T *B H"]:
     """Draws where values are kept: `[T, *B, H]`, true with probability 1 - rate.
 
     Args:
@@ -88,7 +86,7 @@ def keep_mask(
 
 def dropout(
     values: Float[Array, "T *B H"],
-    key: PRNGKeyArray,
+    key: Array,
     rate: float,
     *,
     variational: bool = False,

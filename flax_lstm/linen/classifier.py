@@ -170,7 +170,7 @@ def classifier_functions(
     )
 
     def init(key: Array) -> dict[str, Any]:
-        return module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return dict(module.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
     def apply(
         params: Mapping[str, Any],

@@ -97,7 +97,8 @@ class LSTMCell(nn.RNNCellBase):
             recurrents.append(recurrent)
             biases.append(bias)
         return LSTMParams(
-            *(jnp.concatenate(gates, axis=-1) for gates in (kernels, recurrents)),
+            jnp.concatenate(kernels, axis=-1),
+            jnp.concatenate(recurrents, axis=-1),
             jnp.concatenate(biases),
         )
 

@@ -47,7 +47,7 @@ class SentimentClassifier(nnx.Module):
     ):
         check_pooling(pooling)
         param_dtype = state_dtype(dtype)
-        self.pooling = pooling
+        self.pooling: Pooling = pooling
         self.dtype = jnp.dtype(dtype)
         self.embedding = nnx.Embed(
             vocabulary_size,

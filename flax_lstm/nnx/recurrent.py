@@ -182,7 +182,7 @@ class LSTM(nnx.Module):
         self.reverse = reverse
         self.keep_order = keep_order
         self.unroll = unroll
-        self.implementation = implementation
+        self.implementation: Implementation | None = implementation
         self.cell = LSTMCell(in_features, hidden_features, rngs=rngs, **cell_options)
 
     def __call__(

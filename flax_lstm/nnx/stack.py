@@ -39,7 +39,7 @@ class BidirectionalLSTM(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        self.merge = merge
+        self.merge: MergeName | Callable[[Array, Array], Array] = merge
         self.time_major = time_major
         self.return_carry = return_carry
         self.forward_rnn = LSTM(in_features, hidden_features, rngs=rngs, **options)
@@ -129,7 +129,7 @@ class StackedLSTM(nnx.Module):
         layer = BidirectionalLSTM if bidirectional else LSTM
         for number, hidden in enumerate(self.features):
             kernel, recurrent = weight_initializers(initializer, in_features, hidden)
-            inits = {"kernel_init": kernel, "recurrent_kernel_init": recurrent}
+            inits: dict[str, Any] = {"kernel_init": kernel, "recurrent_kernel_init": recurrent}
             built = layer(in_features, hidden, rngs=rngs, **(inits | options))
             setattr(self, f"layer_{number}", built)
             in_features = 2 * hidden if bidirectional else hidden
