@@ -1,0 +1,368 @@
+"""The training step and evaluation, as pure functions of arrays.
+
+Axes     B rows of a batch (of this device's part of it, under an axis name), T tokens.
+Means    All means are weighted sums over the whole batch divided by the sum of the
+         weights: filler rows (weight 0) and the split over devices change nothing.
+Dropout  Row r of step s draws from `fold_in(fold_in(key, s), r)`, r counted over the
+         whole batch: the same masks on any number of devices.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+
+from flax_lstm.config import TrainConfig
+from flax_lstm.optim import (
+    Optimizer,
+    embedding_of,
+    make_optimizer,
+    update,
+    used_rows,
+    with_embedding,
+)
+from flax_lstm.parallel import Program, compile_steps, pad_batch
+
+__all__ = [
+    "NonFiniteLossError",
+    "Optimizer",
+    "Program",
+    "TrainState",
+    "check_finite",
+    "evaluate",
+    "init_train_state",
+    "make_eval_step",
+    "make_optimizer",
+    "make_train_step",
+    "pad_batch",
+    "parallelize",
+    "reset_carry",
+]
+
+Metrics = dict[str, Array]
+
+
+@runtime_checkable
+class Batch(Protocol):
+    """What a step reads of a batch.
+
+    Attributes:
+      tokens: int32 `[B, T]`.
+      lengths: int32 `[B]`, or None where every token counts.
+      labels: float32 `[B]`, 0 or 1.
+      weights: float32 `[B]`, 1 for a row and 0 for a filler.
+    """
+
+    tokens: Any
+    lengths: Any
+    labels: Any
+    weights: Any
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32, number of steps taken.
+      params: Parameters.
+      optimizer_state: State of the optimiser.
+      key: PRNG key of the run's dropout; the same at every step.
+      carry: LSTM state of each layer after the last batch; None unless carried.
+    """
+
+    step: Int[Array, "..."]
+    params: Any
+    optimizer_state: Any
+    key: PRNGKeyArray
+    carry: Any = None
+
+
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Any, Any, Any], tuple[Metrics, Any]]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or a gradient is NaN or infinite."""
+
+
+def init_train_state(
+    init: Callable[[PRNGKeyArray], Any],
+    optimizer: Optimizer,
+    key: PRNGKeyArray,
+    *,
+    carry: Any = None,
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+      init: `init(key) -> params`.
+      optimizer: From `make_optimizer`.
+      key: PRNG key; consumed.
+      carry: Zero LSTM state for a whole batch, where it is carried from each batch to
+        the next; None where it is not.
+    """
+    params_key, dropout_key = jax.random.split(key)
+    params = init(params_key)
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), dropout_key, carry
+    )
+
+
+def reset_carry(state: TrainState) -> TrainState:
+    """Returns `state` with a zero LSTM state, as at the start of an epoch."""
+    return state._replace(carry=jax.tree.map(jnp.zeros_like, state.carry))
+
+
+def row_losses(
+    loss: str, logits: Float[Array, " B"], labels: Float[Array, " B"]
+) -> Float[Array, " B"]:
+    """Returns the loss of each row, "mse" of the scores or "bce" of the logits.
+
+    >>> row_losses("mse", jnp.zeros(2), jnp.array([0.0, 1.0])).tolist()
+    [0.25, 0.25]
+    """
+    if loss == "mse":
+        return jnp.square(jax.nn.sigmoid(logits) - labels)
+    if loss == "bce":
+        return optax.sigmoid_binary_cross_entropy(logits, labels)
+    raise ValueError(f'loss must be "mse" or "bce"; got {loss!r}.')
+
+
+def _total(values: Array, weights: Array) -> Array:
+    """Returns the weighted sum; what a weight of 0 stands beside is not looked at."""
+    return jnp.sum(jnp.where(weights > 0, values * weights, 0.0))
+
+
+def make_train_step(
+    apply: Callable[..., tuple[Array, Any]],
+    optimizer: Optimizer,
+    config: TrainConfig,
+    *,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """Builds `train_step(state, batch) -> (state, metrics)`, a pure function.
+
+    Metrics are scalars: `loss` and `accuracy` (weighted means over the batch),
+    `grad_norm` (before clipping), `count` (sum of the weights), `learning_rate`, and
+    `finite`. Where the loss or the norm of the gradient is not finite, `finite` is
+    False and the state returned is the state given.
+
+    Args:
+      apply: `apply(params, tokens, lengths, state=, key=) -> (logits, state)`, where
+        `key` is one key for each row.
+      optimizer: From `make_optimizer`.
+      config: Loss and whether the LSTM state is carried.
+      axis_name: Of the `jax.pmap` this step is for; each device then has an equal part
+        of the batch. None under `jax.jit`, whatever the sharding.
+    """
+
+    def over_devices(tree: Any) -> Any:
+        return tree if axis_name is None else lax.psum(tree, axis_name)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = jax.tree.map(jnp.asarray, batch)
+        rows = batch.labels.shape[0]
+        first = 0 if axis_name is None else lax.axis_index(axis_name) * rows
+        keys = row_keys(jax.random.fold_in(state.key, state.step), first, rows)
+        count = over_devices(batch.weights.sum())
+        share = batch.weights / jnp.maximum(count, jnp.finfo(count.dtype).tiny)
+        tokens, params, used = batch.tokens, state.params, None
+        if optimizer.sparse:
+            embedding = embedding_of(params)
+            used = used_rows(tokens, live_tokens(batch), len(embedding), axis_name)
+            tokens = used.slots
+            params = with_embedding(params, embedding.at[used.ids].get(mode="clip"))
+
+        def loss_of(params: Any) -> tuple[Array, Any]:
+            logits, carry = apply(
+                params, tokens, batch.lengths, state=state.carry, key=keys
+            )
+            loss = _total(row_losses(config.loss, logits, batch.labels), share)
+            return loss, (_total(correct(logits, batch.labels), share), carry)
+
+        (loss, (accuracy, carry)), gradients = jax.value_and_grad(
+            loss_of, has_aux=True
+        )(params)
+        loss, accuracy, gradients = over_devices((loss, accuracy, gradients))
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, optimizer_state = update(
+            optimizer,
+            state.params,
+            state.optimizer_state,
+            gradients,
+            used,
+            norm=norm,
+            apply_if=finite,
+        )
+        metrics = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "grad_norm": norm,
+            "count": count,
+            "learning_rate": jnp.asarray(optimizer.learning_rate(state.step)),
+            "finite": finite,
+        }
+        if state.carry is not None:
+            carry = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), carry, state.carry
+            )
+        else:
+            carry = None
+        step = state.step + finite.astype(state.step.dtype)
+        return (
+            TrainState(step, params, optimizer_state, state.key, carry),
+            metrics,
+        )
+
+    return train_step
+
+
+def row_keys(
+    key: PRNGKeyArray, first: int | Int[Array, ""], rows: int
+) -> Key[Array, " B"]:
+    """Returns the keys of rows `first`, `first + 1`, … of a batch."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
+
+
+def live_tokens(batch: Batch) -> Bool[Array, "B T"]:
+    """Marks the tokens that can have a gradient: in a real row, within its length."""
+    shape = batch.tokens.shape
+    live = jnp.broadcast_to((batch.weights > 0)[:, None], shape)
+    if batch.lengths is not None:
+        live &= jnp.arange(shape[1])[None, :] < batch.lengths[:, None]
+    return live
+
+
+def correct(logits: Float[Array, " B"], labels: Float[Array, " B"]):
+    """Marks with 1.0 the rows whose rounded score is the label."""
+    return (jnp.round(jax.nn.sigmoid(logits)) == labels).astype(jnp.float32)
+
+
+def make_eval_step(
+    apply: Callable[..., tuple[Array, Any]],
+    config: TrainConfig,
+    *,
+    axis_name: str | None = None,
+) -> EvalStep:
+    """Builds `eval_step(params, batch, carry) -> (sums, carry)` for `evaluate`.
+
+    Sums are weighted: `loss`, `correct`, `count`, and the confusion counts
+    `true_negatives`, `false_positives`, `false_negatives`, `true_positives`. The carry
+    goes in and out where the LSTM state is carried, and is None elsewhere.
+    """
+
+    def eval_step(params: Any, batch: Batch, carry: Any) -> tuple[Metrics, Any]:
+        batch = jax.tree.map(jnp.asarray, batch)
+        logits, new_carry = apply(params, batch.tokens, batch.lengths, state=carry)
+        labels, weights = batch.labels, batch.weights
+        score = jnp.round(jax.nn.sigmoid(logits))
+        sums = {
+            "loss": _total(row_losses(config.loss, logits, labels), weights),
+            "correct": _total(correct(logits, labels), weights),
+            "count": weights.sum(),
+            "true_negatives": _total((1 - score) * (1 - labels), weights),
+            "false_positives": _total(score * (1 - labels), weights),
+            "false_negatives": _total((1 - score) * labels, weights),
+            "true_positives": _total(score * labels, weights),
+        }
+        if axis_name is not None:
+            sums = lax.psum(sums, axis_name)
+        return sums, None if carry is None else new_carry
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: EvalStep, params: Any, batches: Iterable[Any], *, carry: Any = None
+) -> dict[str, float]:
+    """Evaluates on all rows of `batches`, each counted by its weight.
+
+    The sums of a batch are float32, their totals over the batches float64. Nothing is
+    fetched from the device before the last batch has been handed to it.
+
+    Args:
+      eval_step: From `make_eval_step`, compiled; or that of a `Program`.
+      params: Parameters.
+      batches: Batches; the last ones may be filled up with rows of weight 0.
+      carry: LSTM state before the first batch, where it is carried through them.
+
+    Returns:
+      `loss` and `accuracy` (means), `count`, and the confusion counts.
+
+    Raises:
+      ValueError: If the weights of all rows are 0, so that there is no mean.
+    """
+    parts = []
+    for batch in batches:
+        sums, carry = eval_step(params, batch, carry)
+        parts.append(sums)
+    parts = jax.device_get(parts)
+    totals = {
+        name: math.fsum(float(part[name]) for part in parts)
+        for name in (parts[0] if parts else {"count": 0})
+    }
+    if not totals["count"] > 0:
+        raise ValueError(
+            "evaluate needs at least one row of weight above 0; got "
+            f"{len(parts)} batches with none."
+        )
+    return {
+        "loss": totals.pop("loss") / totals["count"],
+        "accuracy": totals.pop("correct") / totals["count"],
+        **totals,
+    }
+
+
+def check_finite(metrics: Metrics, step: int, last_checkpoint: int | None) -> None:
+    """Raises where a step met a number that is not finite.
+
+    Args:
+      metrics: Of one step. Reading them waits for the step to end.
+      step: Its number, for the message.
+      last_checkpoint: Step of the last checkpoint saved, None where there is none.
+
+    Raises:
+      NonFiniteLossError: If `metrics["finite"]` is False.
+    """
+    if bool(metrics["finite"]):
+        return
+    saved = (
+        "no checkpoint has been saved yet"
+        if last_checkpoint is None
+        else f"the last good checkpoint is that of step {last_checkpoint}"
+    )
+    raise NonFiniteLossError(
+        f"step {step} gave loss {float(metrics['loss'])} and gradient norm "
+        f"{float(metrics['grad_norm'])}; both must be finite. Its update was not "
+        f"applied; {saved}. Try a lower learning_rate, or clip_norm."
+    )
+
+
+def parallelize(
+    apply: Callable[..., tuple[Array, Any]],
+    optimizer: Optimizer,
+    config: TrainConfig,
+    devices: Iterable[jax.Device] | None = None,
+) -> Program:
+    """Compiles training and evaluation for one device or many, by `config.parallel`.
+
+    Args:
+      apply: As in `make_train_step`.
+      optimizer: From `make_optimizer`.
+      config: Settings.
+      devices: Devices to use, all local ones when None; "jit" uses the first.
+    """
+    by_rows = TrainState(False, False, False, False, True)  # the carry alone
+    return compile_steps(
+        lambda axis: make_train_step(apply, optimizer, config, axis_name=axis),
+        lambda axis: make_eval_step(apply, config, axis_name=axis),
+        by_rows,
+        config.parallel,
+        tuple(jax.local_devices() if devices is None else devices),
+    )
