@@ -1,0 +1,405 @@
+"""From a text source to encoded, split and batched examples: the one entry is `load`.
+
+sources.py reads rows, labels.py finds the two classes, text.py turns words into ids,
+batching.py makes the batches; their public names are here too.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from flax_lstm.batching import (
+    Batch,
+    Examples,
+    PlannedBatch,
+    batch_count,
+    batch_plan,
+    batches,
+    padded_lengths,
+    permutation,
+    prefetch,
+)
+from flax_lstm.config import DataConfig, UserError
+from flax_lstm.labels import Classes, classes_named, find_classes, to_numbers
+from flax_lstm.sources import Rows, Source, read
+from flax_lstm.text import Encoded, TextTokenizer, fit
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "Encoded",
+    "Examples",
+    "PlannedBatch",
+    "TextTokenizer",
+    "batch_count",
+    "batch_plan",
+    "batches",
+    "load",
+    "load_all",
+    "padded_lengths",
+    "prefetch",
+]
+
+PARTS = ("train", "validation", "test")
+SPLIT_KEY = 7
+"""Keeps the split's random numbers apart from those of the epochs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Everything that training and testing need to know about the data.
+
+    Attributes:
+      parts: Encoded rows of "train", "validation" and "test".
+      texts: The raw text of every row of `parts`.
+      tokenizer: The fitted pipeline.
+      label_names: Negative and positive class as the source names them.
+      bucket_lengths: Padded lengths, chosen on the training part.
+      summary: Counts for a person to look at, and to keep with the run (plain JSON).
+    """
+
+    parts: dict[str, Examples]
+    texts: dict[str, list[str]]
+    tokenizer: TextTokenizer
+    label_names: tuple[str, str]
+    bucket_lengths: tuple[int, ...]
+    summary: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Rows of one part after reading, with their labels as numbers."""
+
+    rows: Rows
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load(
+    config: DataConfig, seed: int, tokenizer: TextTokenizer | None = None
+) -> Corpus:
+    """Reads, splits and encodes a source.
+
+    Parts that the source has are kept; the others are split off its training part, by
+    rows or by groups, as `seed` alone decides.
+
+    Args:
+      config: Source, columns, fractions, pipeline.
+      seed: Seed of the split.
+      tokenizer: Encodes with this one instead of fitting one, to evaluate a run.
+
+    Raises:
+      UserError: If the data cannot be read or cannot be used as they are.
+    """
+    _check(config)
+    source, other = read(config.data, config), None
+    parts = dict(source.parts)
+    if config.test_data is not None:
+        other = read(config.test_data, config)
+        parts["test"] = _only_part(other)
+    parts = {name: parts[name] for name in PARTS if name in parts}
+    classes, numbers = _numbers(parts)
+    counted = {n: _Part(rows, numbers[n]) for n, rows in parts.items()}
+    if config.pipeline == "tutorial":
+        encoded, tokenizer = _encode_all(counted, config, tokenizer)
+        picked = _split(counted, config, seed, _not_empty(encoded))
+        examples = {n: encoded[p].take(rows) for n, (p, rows) in picked.items()}
+    else:
+        picked = _split(counted, config, seed, None)
+        examples, tokenizer = _encode_parts(counted, picked, config, tokenizer)
+    texts = {
+        n: [counted[p].rows.texts[row] for row in rows.tolist()]
+        for n, (p, rows) in picked.items()
+    }
+    cut = {n: int(np.sum(e.lengths > config.max_length)) for n, e in examples.items()}
+    examples = {n: _truncate(e, config.max_length) for n, e in examples.items()}
+    lengths = padded_lengths(examples["train"], config)
+    summary = {
+        "source": {"description": source.description, "sha256": source.sha256},
+        "test_source": other
+        and {"description": other.description, "sha256": other.sha256},
+        "notes": [*source.notes, *(other.notes if other else ())],
+        "labels": {
+            "negative": classes.names[0],
+            "positive": classes.names[1],
+            "rule": classes.rule,
+        },
+        **_counts(examples, texts, tokenizer, classes.names),
+        "truncated": cut,
+        "dropped_empty": sum(map(len, counted.values()))
+        - sum(len(e) for e in examples.values()),
+        "groups_in_several_parts": _shared_groups(counted, picked),
+        "vocabulary_size": tokenizer.vocabulary_size,
+        "tokenizer": tokenizer.fingerprint(),
+        "bucket_lengths": list(lengths),
+    }
+    return Corpus(examples, texts, tokenizer, classes.names, lengths, summary)
+
+
+def load_all(
+    config: DataConfig, tokenizer: TextTokenizer, label_names: tuple[str, str]
+) -> tuple[Examples, list[str], dict[str, Any]]:
+    """Reads a source to evaluate an earlier run on: its test part, or all its rows.
+
+    Args:
+      config: `data` and the columns are used.
+      tokenizer: That of the run.
+      label_names: Those of the run; the source must use the same labels.
+
+    Returns:
+      The rows, their texts, and their counts. No row is dropped.
+
+    Raises:
+      UserError: If the source cannot be read or has other labels.
+    """
+    source = read(config.data, config)
+    rows = source.parts.get("test", source.parts["train"])
+    labels = to_numbers(rows.labels, rows.where, classes_named(label_names))
+    ids, offsets = tokenizer.encode_flat(rows.texts, tokenizer.max_length)
+    examples = Examples(ids, offsets, labels)
+    cut = int(np.sum(examples.lengths > tokenizer.max_length))
+    examples = _truncate(examples, tokenizer.max_length)
+    texts = list(rows.texts)
+    summary = {
+        "source": {"description": source.description, "sha256": source.sha256},
+        **_counts({"test": examples}, {"test": texts}, tokenizer, label_names),
+        "truncated": {"test": cut},
+    }
+    return examples, texts, summary
+
+
+def _check(config: DataConfig) -> None:
+    for name in ("max_length", "batch_size", "buckets", "vocabulary_size"):
+        if getattr(config, name) < 1:
+            raise UserError(
+                f"{name} must be 1 or more; got {getattr(config, name)}. Correct "
+                f"--{name.replace('_', '-')}."
+            )
+    for name in ("validation_fraction", "test_fraction"):
+        if not 0 < getattr(config, name) < 1:
+            raise UserError(
+                f"{name} must lie between 0 and 1; got {getattr(config, name)}."
+            )
+    if config.validation_fraction + config.test_fraction >= 1:
+        raise UserError(
+            "validation_fraction and test_fraction leave nothing to train on: "
+            f"{config.validation_fraction} + {config.test_fraction}."
+        )
+
+
+def _only_part(source: Source) -> Rows:
+    """Returns the test part of a second source: its own, or its only one."""
+    if "test" in source.parts:
+        return source.parts["test"]
+    return source.parts["train"]
+
+
+def _numbers(parts: dict[str, Rows]) -> tuple[Classes, dict[str, np.ndarray]]:
+    """Finds the classes over all parts, and 0 or 1 for every row."""
+    labels = [label for rows in parts.values() for label in rows.labels]
+    where = _Joined([rows.where for rows in parts.values()])
+    classes = find_classes(labels, where)
+    numbers = {
+        n: to_numbers(rows.labels, rows.where, classes) for n, rows in parts.items()
+    }
+    if len(np.unique(numbers["train"])) < 2:
+        raise UserError(
+            "the training part has one class only; it needs rows of both "
+            f"{classes.names[0]!r} and {classes.names[1]!r}."
+        )
+    return classes, numbers
+
+
+class _Joined(Sequence):
+    """Sequences end to end, without copying their items."""
+
+    def __init__(self, sequences: Sequence[Sequence[str]]):
+        self._sequences = sequences
+
+    def __len__(self) -> int:
+        return sum(map(len, self._sequences))
+
+    def __getitem__(self, row):
+        for sequence in self._sequences:
+            if row < len(sequence):
+                return sequence[row]
+            row -= len(sequence)
+        raise IndexError(row)
+
+
+def _encode_all(
+    counted: dict[str, _Part], config: DataConfig, tokenizer: TextTokenizer | None
+) -> tuple[dict[str, Examples], TextTokenizer]:
+    """Encodes every row before the split, with the vocabulary of all of them."""
+    texts = [text for part in counted.values() for text in part.rows.texts]
+    labels = np.concatenate([part.labels for part in counted.values()])
+    if tokenizer is None:
+        tokenizer, ids, offsets = fit(texts, config)
+    else:
+        ids, offsets = tokenizer.encode_flat(texts, config.max_length)
+    together = Examples(ids, offsets, labels)
+    ends = np.cumsum([len(part) for part in counted.values()])
+    return {
+        name: together.take(np.arange(end - len(part), end))
+        for (name, part), end in zip(counted.items(), ends, strict=True)
+    }, tokenizer
+
+
+def _not_empty(encoded: dict[str, Examples]) -> dict[str, np.ndarray]:
+    return {name: np.flatnonzero(rows.lengths) for name, rows in encoded.items()}
+
+
+def _encode_parts(
+    counted: dict[str, _Part],
+    picked: dict[str, tuple[str, np.ndarray]],
+    config: DataConfig,
+    tokenizer: TextTokenizer | None,
+) -> tuple[dict[str, Examples], TextTokenizer]:
+    """Encodes the parts of the split, with the vocabulary of the training part."""
+    examples = {}
+    for name, (origin, rows) in picked.items():
+        part = counted[origin]
+        texts = [part.rows.texts[row] for row in rows.tolist()]
+        if tokenizer is None:
+            tokenizer, ids, offsets = fit(texts, config)
+        else:
+            ids, offsets = tokenizer.encode_flat(texts, config.max_length)
+        examples[name] = Examples(ids, offsets, part.labels[rows])
+    assert tokenizer is not None  # the training part is first
+    return examples, tokenizer
+
+
+def _split(
+    counted: dict[str, _Part],
+    config: DataConfig,
+    seed: int,
+    usable: dict[str, np.ndarray] | None,
+) -> dict[str, tuple[str, Int64[np.ndarray, "n"]]]:
+    """Returns, for each part, the part of the source it is cut from and its rows."""
+    if usable is None:
+        usable = {name: np.arange(len(part)) for name, part in counted.items()}
+    shares = {"train": 1.0}
+    for name, fraction in [
+        ("validation", config.validation_fraction),
+        ("test", config.test_fraction),
+    ]:
+        if name not in counted:
+            shares[name] = fraction
+            shares["train"] -= fraction
+    rows = usable["train"]
+    order = rows[permutation(len(rows), seed, SPLIT_KEY)]
+    ends = _ends(len(order), shares)
+    groups = counted["train"].rows.groups
+    if groups is not None:
+        order, ends = _keep_groups([groups[row] for row in order], order, ends, seed)
+    cuts = np.split(order, ends[:-1])
+    picked = {n: ("train", cut) for n, cut in zip(shares, cuts, strict=True)}
+    for name in PARTS[1:]:
+        if name in counted:
+            picked[name] = (name, usable[name])
+    for name in PARTS:
+        if not len(picked[name][1]):
+            what = "groups" if groups is not None else "rows"
+            raise UserError(
+                f"the {name} part would be empty: {len(rows)} rows have too few {what} "
+                f"to split by {shares}. Give more data, or larger fractions."
+            )
+    return {name: picked[name] for name in PARTS}
+
+
+def _ends(size: int, shares: dict[str, float]) -> list[int]:
+    """Returns where each part ends: whole rows, the training part rounded down.
+
+    >>> _ends(96_966, {"train": 0.8, "validation": 0.1, "test": 0.1})
+    [77572, 87269, 96966]
+    """
+    # The small addition keeps 0.8 * 10 from being 7.999... and so 7 rows.
+    train = int(size * shares["train"] + 1e-9)
+    rest = 1 - shares["train"]
+    ends, held_out = [train], 0.0
+    for name in list(shares)[1:]:
+        held_out += shares[name]
+        ends.append(train + int((size - train) * held_out / rest + 1e-9))
+    return ends
+
+
+def _keep_groups(
+    groups: Sequence[str], order: np.ndarray, ends: list[int], seed: int
+) -> tuple[np.ndarray, list[int]]:
+    """Moves the ends of the parts so that no group is cut.
+
+    Groups are laid end to end in a random order; each goes to the part in which its
+    middle falls. (In the order of their first rows, large groups would come first.)
+    """
+    _, code = np.unique(groups, return_inverse=True)
+    shuffled = permutation(int(code.max()) + 1, seed, SPLIT_KEY, 1)
+    sizes = np.bincount(code)[shuffled]
+    part_of_group = np.zeros(len(shuffled), np.int64)
+    middles = np.cumsum(sizes) - sizes / 2
+    part_of_group[shuffled] = np.searchsorted(ends[:-1], middles)
+    part = part_of_group[code]
+    sorted_rows = order[np.argsort(part, kind="stable")]
+    return sorted_rows, np.cumsum(np.bincount(part, minlength=len(ends))).tolist()
+
+
+def _truncate(examples: Examples, max_length: int) -> Examples:
+    lengths = np.minimum(examples.lengths, max_length)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    shift = np.repeat(examples.offsets[:-1] - offsets[:-1], lengths)
+    tokens = examples.tokens[np.arange(offsets[-1]) + shift]
+    return Examples(tokens, offsets, examples.labels)
+
+
+def _shared_groups(
+    counted: dict[str, _Part], picked: dict[str, tuple[str, np.ndarray]]
+) -> int:
+    """Returns how many groups have rows in more than one part."""
+    seen: Counter[str] = Counter()
+    for origin, rows in picked.values():
+        groups = counted[origin].rows.groups
+        if groups is not None:
+            seen.update({groups[row] for row in rows.tolist()})
+    return sum(count > 1 for count in seen.values())
+
+
+def _counts(
+    examples: dict[str, Examples],
+    texts: dict[str, list[str]],
+    tokenizer: TextTokenizer,
+    names: tuple[str, str],
+) -> dict[str, Any]:
+    """Returns what the parts hold, and which texts they share."""
+    distinct = {name: set(rows) for name, rows in texts.items()}
+    parts_with = Counter(text for rows in distinct.values() for text in rows)
+    train = distinct.get("train", set())
+    positive = {name: int(e.labels.sum()) for name, e in examples.items()}
+    return {
+        "rows": {name: len(e) for name, e in examples.items()},
+        "classes": {
+            name: {names[0]: len(e) - positive[name], names[1]: positive[name]}
+            for name, e in examples.items()
+        },
+        "tokens": {name: len(e.tokens) for name, e in examples.items()},
+        "longest": {
+            name: int(max(e.lengths, default=0)) for name, e in examples.items()
+        },
+        "empty_texts": {
+            name: int(np.sum(e.lengths == 0)) for name, e in examples.items()
+        },
+        "unknown_share": {
+            name: tokenizer.unknown_share(e.tokens) for name, e in examples.items()
+        },
+        "distinct_texts": {name: len(rows) for name, rows in distinct.items()},
+        "texts_in_several_parts": sum(n > 1 for n in parts_with.values()),
+        "rows_also_in_train": {
+            name: sum(text in train for text in rows)
+            for name, rows in texts.items()
+            if name != "train"
+        },
+    }

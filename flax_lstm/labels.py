@@ -1,0 +1,182 @@
+"""Two classes out of whatever a source calls its labels: numbers, booleans, words."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from flax_lstm.config import UserError
+
+POSITIVE = frozenset(
+    (
+        "pos",
+        "positive",
+        "bullish",
+        "bull",
+        "true",
+        "yes",
+        "y",
+        "t",
+        "good",
+        "great",
+        "up",
+        "buy",
+        "like",
+        "happy",
+    )
+)
+NEGATIVE = frozenset(
+    (
+        "neg",
+        "negative",
+        "bearish",
+        "bear",
+        "false",
+        "no",
+        "n",
+        "f",
+        "bad",
+        "awful",
+        "down",
+        "sell",
+        "dislike",
+        "sad",
+    )
+)
+_WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
+_FRACTION = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?|nan|[+-]?inf")
+
+
+class Classes(NamedTuple):
+    """The two classes of a source.
+
+    Attributes:
+      names: Negative and positive class, as the source first writes them.
+      keys: The same in the form in which labels are compared.
+      rule: Why the second one is the positive one.
+    """
+
+    names: tuple[str, str]
+    keys: tuple[str, str]
+    rule: str
+
+
+def key_of(label: object, where: str) -> str:
+    """Returns the form of a label in which equal labels are equal.
+
+    >>> [key_of(label, "row 1") for label in (1, 1.0, "1", True, " Positive ")]
+    ['1', '1', '1', 'true', 'positive']
+
+    Raises:
+      UserError: If the value cannot be a label; the message begins with `where`.
+    """
+    if isinstance(label, bool | np.bool_):
+        return str(bool(label)).lower()
+    if isinstance(label, int | np.integer):
+        return str(int(label))
+    if isinstance(label, float | np.floating) and float(label).is_integer():
+        return str(int(label))
+    if isinstance(label, str) and label.strip():
+        text = label.strip().casefold()
+        if _WHOLE.fullmatch(text):
+            return str(int(float(text)))
+        if not _FRACTION.fullmatch(text):
+            return text
+    what = "no label" if label is None or label == "" else f"the label {label!r}"
+    raise UserError(
+        f"{where} has {what}; a label is a whole number (0, 1), a boolean or a word. "
+        "Correct the row or remove it, or choose another --label-column."
+    )
+
+
+def find_classes(labels: Sequence[object], where: Sequence[str]) -> Classes:
+    """Finds the two classes, and which of them is the positive one.
+
+    A number: the larger is positive. Words: a known one (positive, bullish, true,
+    yes, good ...) is positive, a known opposite is negative; otherwise the second in
+    the alphabet is positive.
+
+    Args:
+      labels: Raw label of every row.
+      where: Name of every row for messages, such as "row 3 of FILE".
+
+    Raises:
+      UserError: If a label is in no known form, or there are not exactly two classes.
+    """
+    seen: dict[str, tuple[str, int]] = {}
+    counts: dict[str, int] = {}
+    cache: dict[tuple[type, object], str] = {}
+    for row, label in enumerate(labels):
+        known = (type(label), label)
+        key = cache.get(known) if label.__hash__ else None
+        if key is None:
+            key = key_of(label, where[row])
+            cache[known] = key
+            seen.setdefault(key, (str(label).strip(), row))
+        counts[key] = counts.get(key, 0) + 1
+    keys = list(seen)
+    numbers = [key for key in keys if _WHOLE.fullmatch(key)]
+    words = [key for key in keys if key not in numbers]
+    if numbers and words:
+        odd, usual = sorted(
+            (numbers, words), key=lambda group: sum(counts[key] for key in group)
+        )
+        name, row = seen[odd[0]]
+        raise UserError(
+            f"{where[row]} has the unknown label {name!r}; other rows have "
+            f"{', '.join(repr(seen[key][0]) for key in usual[:3])}. Labels are two "
+            "numbers or two words; correct the row or remove it."
+        )
+    if len(keys) != 2:
+        found = ", ".join(
+            f"{seen[key][0]!r} ({counts[key]} rows, first {where[seen[key][1]]})"
+            for key in keys[:5]
+        )
+        more = ", ..." if len(keys) > 5 else ""
+        raise UserError(
+            f"the labels must be of exactly two classes; found {len(keys)}: "
+            f"{found}{more}. Choose another --label-column, or map the classes to two."
+        )
+    if numbers:
+        negative, positive = sorted(keys, key=int)
+        rule = "the larger number is positive"
+    else:
+        negative, positive = sorted(keys)
+        rule = "alphabetical order, no known word"
+        first_wins = (negative in POSITIVE) + (positive in NEGATIVE)
+        second_wins = (negative in NEGATIVE) + (positive in POSITIVE)
+        if first_wins > second_wins:
+            negative, positive = positive, negative
+        if first_wins != second_wins:
+            rule = "known words"
+    names = (seen[negative][0], seen[positive][0])
+    return Classes(names, (negative, positive), rule)
+
+
+def to_numbers(
+    labels: Sequence[object], where: Sequence[str], classes: Classes
+) -> Float32[np.ndarray, "R"]:
+    """Returns 0 or 1 for every row.
+
+    Raises:
+      UserError: If a label is neither of the two classes.
+    """
+    values = {classes.keys[0]: 0.0, classes.keys[1]: 1.0}
+    numbers = np.zeros(len(labels), np.float32)
+    for row, label in enumerate(labels):
+        key = key_of(label, where[row])
+        if key not in values:
+            raise UserError(
+                f"{where[row]} has the label {label!r}; expected {classes.names[0]!r} "
+                f"or {classes.names[1]!r}."
+            )
+        numbers[row] = values[key]
+    return numbers
+
+
+def classes_named(names: tuple[str, str]) -> Classes:
+    """Returns the classes of an earlier run, to read other data with."""
+    keys = (key_of(names[0], "the negative class"), key_of(names[1], "the positive"))
+    return Classes(names, keys, "those of the run")

@@ -1,0 +1,305 @@
+"""From text to token ids, through `tokenizers` at word level.
+
+A pipeline is a normaliser, a splitter and a vocabulary, all kept in one
+`tokenizer.json` that `tokenizers` reads without this package.
+
+`words`     lower case; words (with their apostrophes and a leading $ # @) and single
+            punctuation marks; `<br />` and control characters separate. Ids: 0
+            padding, 1 unknown word, then by falling frequency.
+`tutorial`  the eleven steps of the tutorial's message preprocessing. Ids: 0 padding,
+            then by falling frequency. There is no vector for an unknown word: such
+            words are skipped, and counted.
+
+Ties in frequency go to the word that appears first.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from flax_lstm.config import DataConfig, UserError
+
+if TYPE_CHECKING:  # imported where used, so that training runs without it
+    import tokenizers
+
+PAD, UNKNOWN = "<pad>", "<unk>"
+WORD = r"[$#@]?\w+(?:'\w+)*|[^\w\s\p{Cc}\p{Cf}]"
+NUMBER = r"\d*\.?\d+"
+TAGS = ("TICKER", "USER", "LINK", "PRICE", "NUMBER")
+CHUNK_TEXTS, CHUNK_CHARACTERS = 1000, 4_000_000
+"""Texts encoded at a time, which bounds the memory of the intermediate objects."""
+MARGIN = 8
+"""Last tokens not trusted where a long text was cut in the middle of something."""
+
+
+class Encoded(NamedTuple):
+    """One text as the model sees it.
+
+    Attributes:
+      ids: Token ids, `max_length` at the most.
+      words: The word of each id; an unknown word as it was written, in lower case.
+      unknown: Words of the text, within its kept part, that are not known.
+      truncated: Whether the text had more tokens than were kept.
+    """
+
+    ids: Int32[np.ndarray, "n"]
+    words: list[str]
+    unknown: int
+    truncated: bool
+
+
+class TextTokenizer:
+    """A fitted pipeline: encodes texts, knows its words, saves and loads itself."""
+
+    def __init__(
+        self,
+        tokenizer: "tokenizers.Tokenizer",
+        pipeline: Literal["words", "tutorial"],
+        max_length: int,
+    ):
+        self._tokenizer = tokenizer
+        self._unknown_id = tokenizer.token_to_id(UNKNOWN)
+        self.pipeline = pipeline
+        self.max_length = max_length
+        # The tutorial's unknown id stands behind the vocabulary and never leaves here.
+        size = tokenizer.get_vocab_size()
+        self.vocabulary_size = size if pipeline == "words" else size - 1
+
+    def encode(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "n"]]:
+        """Returns the ids of each text, `max_length` at the most."""
+        ids, offsets = self.encode_flat(texts, self.max_length)
+        return [ids[a:b][: self.max_length] for a, b in itertools.pairwise(offsets)]
+
+    def tokens(self, text: str) -> list[str]:
+        """Returns the words of a text, one for each id of `encode`."""
+        return self.analyse([text])[0].words
+
+    def analyse(self, texts: Sequence[str]) -> list[Encoded]:
+        """Returns ids, words, and what was unknown or cut off, of each text."""
+        results = []
+        for text in map(_well_formed, texts):
+            cut, encoding = self._encode_one(text, self.max_length)
+            ids = np.array(encoding.ids, np.int32)
+            known = ids != self._unknown_id
+            words = [
+                cut[a:b].lower() if word == UNKNOWN else word
+                for word, (a, b) in zip(encoding.tokens, encoding.offsets, strict=True)
+            ]
+            words_only = self.pipeline == "words"
+            keep = np.arange(len(ids)) if words_only else np.flatnonzero(known)
+            kept = keep[: self.max_length]
+            truncated = len(keep) > self.max_length
+            end = int(kept[-1]) + 1 if truncated and len(kept) else len(ids)
+            results.append(
+                Encoded(
+                    ids[kept],
+                    [words[i] for i in kept],
+                    int(np.sum(~known[:end])),
+                    truncated,
+                )
+            )
+        return results
+
+    def encode_flat(
+        self, texts: Sequence[str], limit: int | None
+    ) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "R+1"]]:
+        """Returns the ids of all texts end to end, and where each begins and ends.
+
+        Args:
+          texts: The texts.
+          limit: Tokens of a text that will be used. Texts far longer than that are
+            not read to their end, so a row may have somewhat more ids, never fewer.
+        """
+        parts, lengths = [np.zeros(0, np.int32)], [0]
+        for chunk in _chunks(texts, limit):
+            if len(chunk) == 1:
+                encodings = [self._encode_one(chunk[0], limit)[1]]
+            else:
+                encodings = self._tokenizer.encode_batch_fast(
+                    chunk, add_special_tokens=False
+                )
+            for encoding in encodings:
+                ids = np.array(encoding.ids, np.int32)
+                if self.pipeline == "tutorial":
+                    ids = ids[ids != self._unknown_id]
+                parts.append(ids)
+                lengths.append(len(ids))
+        return np.concatenate(parts), np.cumsum(lengths, dtype=np.int64)
+
+    def _encode_one(self, text: str, limit: int | None) -> tuple[str, Any]:
+        """Returns a text cut where `limit` sound tokens are safe, and its encoding."""
+        size = len(text) if limit is None else _cut_size(limit)
+        while True:
+            cut = text[:size]
+            encoding = self._tokenizer.encode(cut, add_special_tokens=False)
+            ids = encoding.ids
+            known = len(ids) - (
+                ids.count(self._unknown_id) if self.pipeline == "tutorial" else 0
+            )
+            if size >= len(text) or known > (limit or 0) + MARGIN:
+                return cut, encoding
+            size *= 4
+
+    def unknown_share(self, ids: Int32[np.ndarray, "N"]) -> float:
+        """Returns the share of the unknown word; 0 where such words are skipped."""
+        return float(np.mean(ids == self._unknown_id)) if len(ids) else 0.0
+
+    def save(self, path: str | Path) -> None:
+        """Writes `tokenizer.json`, the maximum length as its truncation."""
+        self._tokenizer.enable_truncation(self.max_length)
+        text = self._tokenizer.to_str(pretty=True)
+        self._tokenizer.no_truncation()
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TextTokenizer":
+        """Reads what `save` wrote.
+
+        Raises:
+          UserError: If the file is missing or is not such a tokenizer.
+        """
+        import tokenizers
+
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            tokenizer = tokenizers.Tokenizer.from_str(text)
+            max_length = int(json.loads(text)["truncation"]["max_length"])
+            if tokenizer.token_to_id(UNKNOWN) is None:
+                raise ValueError(f"it has no {UNKNOWN} word")
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(
+                f"cannot read the tokenizer {path}: {error}. Expected a tokenizer.json "
+                "written by a training run."
+            ) from error
+        tokenizer.no_truncation()
+        pipeline = "words" if tokenizer.token_to_id(UNKNOWN) == 1 else "tutorial"
+        return cls(tokenizer, pipeline, max_length)
+
+    def fingerprint(self) -> str:
+        """Returns a SHA-256 of the pipeline, the maximum length and all words."""
+        vocabulary = self._tokenizer.get_vocab()
+        words = sorted(vocabulary, key=vocabulary.__getitem__)
+        content = json.dumps([self.pipeline, self.max_length, words])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def fit(
+    texts: Sequence[str], config: DataConfig
+) -> tuple[TextTokenizer, Int32[np.ndarray, "N"], Int64[np.ndarray, "R+1"]]:
+    """Builds the vocabulary from `texts` and encodes them with it.
+
+    `words` counts the tokens that are kept of each text, `tutorial` counts all of
+    them and keeps every word.
+
+    Returns:
+      The tokenizer, and the ids and offsets as of `TextTokenizer.encode_flat`, the
+      rows not yet cut to `max_length`.
+    """
+    from tokenizers import Tokenizer, models, trainers
+
+    tutorial = config.pipeline == "tutorial"
+    every = Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
+    _set_pipeline(every, config.pipeline)
+    # First all words, in any order: ids to count with, at compiled speed.
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=2**31, min_frequency=0, special_tokens=[], show_progress=False
+    )
+    every.train_from_iterator(_chunks(texts, None), trainer)
+    vocabulary = every.get_vocab()
+    found = sorted(vocabulary, key=vocabulary.__getitem__)
+    # A cut through a long text can make half a word, which is in no vocabulary.
+    vocabulary[UNKNOWN] = len(found)
+    every.model = models.WordLevel(vocabulary, unk_token=UNKNOWN)
+    counter = TextTokenizer(every, config.pipeline, config.max_length)
+    limit = None if tutorial else config.max_length
+    raw, offsets = counter.encode_flat(texts, limit)
+
+    counted = raw
+    if not tutorial:
+        position = np.arange(len(raw)) - np.repeat(offsets[:-1], np.diff(offsets))
+        counted = raw[position < config.max_length]
+    counted = counted[counted < len(found)]
+    ids, first, count = np.unique(counted, return_index=True, return_counts=True)
+    order = np.lexsort((first, -count))
+    if tutorial:
+        names = [PAD, *(found[i] for i in ids[order]), UNKNOWN]
+    else:
+        order = order[count[order] >= config.min_count][: config.vocabulary_size]
+        names = [PAD, UNKNOWN, *(found[i] for i in ids[order])]
+    new = {word: i for i, word in enumerate(names)}
+    final = Tokenizer(models.WordLevel(new, unk_token=UNKNOWN))
+    _set_pipeline(final, config.pipeline)
+    table = [new.get(word, new[UNKNOWN]) for word in [*found, UNKNOWN]]
+    tokenizer = TextTokenizer(final, config.pipeline, config.max_length)
+    return tokenizer, np.array(table, np.int32)[raw], offsets
+
+
+def _set_pipeline(tokenizer: "tokenizers.Tokenizer", pipeline: str) -> None:
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    def replace(pattern: str, by: str) -> normalizers.Normalizer:
+        return normalizers.Replace(Regex(pattern), by)
+
+    if pipeline == "words":
+        steps = [
+            replace(r"<br\s*/?>", " "),
+            replace("[\u2019\u0092]", "'"),  # the second is cp1252's, read as latin-1
+            normalizers.Lowercase(),
+        ]
+        splitter = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
+    else:
+        tags = "|".join(TAGS)
+        ends = "|".join(f"<{tag}" for tag in TAGS)
+        # Upper case marks the tags from here on: the text has none left.
+        steps = [
+            normalizers.Lowercase(),
+            replace(r"\$[a-z]+", " <TICKER> "),
+            replace(r"@\w+", " <USER> "),
+            replace(r"https?://\S+", " <LINK> "),
+            replace(rf"\$(?!{NUMBER}%){NUMBER}|(?!{NUMBER}%){NUMBER}\$", " <PRICE> "),
+            replace(rf"(?!{NUMBER}[%k]){NUMBER}", " <NUMBER> "),
+            replace(r"[-+]?[0-9]+", " <NUMBER> "),
+            replace(r"&\w+", ""),
+            replace(r"[^\x00-\x7f]", ""),
+            replace(r"[!-/:;=?@\[-`{-~]", ""),
+            replace(rf"<(?!(?:{tags})>)", ""),
+            replace(rf"(?<!{ends})>", ""),
+        ]
+        splitter = pre_tokenizers.WhitespaceSplit()
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = splitter
+
+
+def _cut_size(limit: int) -> int:
+    return max(10_000, 16 * limit)
+
+
+def _chunks(texts: Sequence[str], limit: int | None) -> Iterator[list[str]]:
+    """Yields texts in lists of bounded size; a text to be cut stands alone."""
+    chunk, size = [], 0
+    for text in map(_well_formed, texts):
+        alone = limit is not None and len(text) > _cut_size(limit)
+        full = len(chunk) == CHUNK_TEXTS or size + len(text) > CHUNK_CHARACTERS
+        if chunk and (alone or full):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(text)
+        size += len(text)
+        if alone:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _well_formed(text: str) -> str:
+    """Replaces lone surrogates, which no UTF-8 text can hold, by question marks."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "replace").decode("utf-8")
