@@ -8,7 +8,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from flax_lstm.config import UserError
 
@@ -39,7 +39,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {folder}: {error.strerror}; give one that "
-            "can be written (--folder), or free its disk."
+            "can be written (--out), or free its disk."
         ) from error
     with open(lock, "r+", encoding="utf-8") as file:
         try:
@@ -53,7 +53,13 @@ def writing(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            # A run that never began leaves nothing behind.
+            if os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,3 +96,9 @@ def unused(parent: Path, name: str) -> Path:
     while (parent / f"{name}-{n}").exists():
         n += 1
     return parent / f"{name}-{n}"
+
+
+def write_line(file: TextIO, value: Any) -> None:
+    """Appends one line of JSON to an open file, at once."""
+    file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    file.flush()
