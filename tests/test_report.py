@@ -1,0 +1,174 @@
+"""What a person looks at, read back as text and as styles."""
+
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+from flax_lstm import report
+from flax_lstm.events import EpochDone, StepDone
+
+NAMES = ("negative", "positive")
+
+
+def terminal(**options) -> Console:
+    """A pretend colour terminal, 80 columns wide, whose output can be read."""
+    usual = {"force_terminal": True, "color_system": "truecolor", "width": 80}
+    return Console(file=io.StringIO(), _environ={}, **usual | options)
+
+
+def drawn(renderable, **options) -> str:
+    console = terminal(**options)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def step_done(epoch, epochs, batch, batches, *, loss=0.5, tokens=0, seconds=0.0):
+    return StepDone(epoch, epochs, batch, batches, loss, 0.75, 0.1, tokens, seconds)
+
+
+def epoch_done(**changes) -> EpochDone:
+    zeros = {
+        f.name: (f.type if f.type in (int, float, bool) else float)()
+        for f in dataclasses.fields(EpochDone)
+    }
+    return EpochDone(**zeros | changes)
+
+
+def test_an_epoch_is_written_as_the_tutorial_writes_it():
+    """The line is the tutorial's published one, character by character."""
+    event = epoch_done(
+        epoch=1,
+        epochs=50,
+        batch=303,
+        batches=303,
+        train_loss=0.2471,
+        train_accuracy=0.5619,
+        validation_accuracy=0.57849,
+    )
+    assert report.epoch_line(event) == (
+        "Epoch: 1/50 Batch: 303/303 Train Loss: 0.247 Train Accuracy: 0.562 "
+        "Val Accuracy: 0.578"
+    )
+    assert report.accuracy_line(0.7168) == "Test Accuracy: 0.717"
+
+
+def test_an_epoch_without_validation_says_so():
+    line = report.epoch_line(epoch_done(validation_accuracy=None))
+    assert line.endswith("Val Accuracy: none")
+
+
+def test_every_word_stands_above_its_score():
+    steps = [("not", 0.31), ("at", 0.3), ("unbelievably", 0.42), ("bad", 0.88)]
+    words, scores, verdict = report.trace_text(steps, NAMES).plain.split("\n")
+    for word, score in steps:
+        assert scores.find(f"{score:.2f}") == words.find(word)
+    assert verdict == "= positive 0.88"
+
+
+def test_a_long_trace_is_broken_between_words():
+    steps = [(f"word{n}", n / 50) for n in range(50)]
+    rows = report.trace_text(steps, NAMES, width=40).plain.split("\n")
+    assert max(map(len, rows)) <= 40
+    assert " ".join(rows[:-1:3]).split() == [word for word, _ in steps]
+    assert " ".join(rows[1:-1:3]).split() == [f"{s:.2f}" for _, s in steps]
+
+
+def test_wide_characters_count_two_columns():
+    """Each of these fills two cells of a terminal, so 4 need no filling up."""
+    words, _, _ = report.trace_text([("好好", 0.5), ("b", 0.5)], NAMES).plain.split(
+        "\n"
+    )
+    assert words == "好好  b"
+
+
+def test_a_very_long_word_is_cut():
+    words, _, _ = report.trace_text([("x" * 10_000, 0.5)], NAMES).plain.split("\n")
+    assert words == "x" * 23 + "…"
+
+
+def test_an_empty_text_has_a_trace():
+    assert report.trace_text([], NAMES).plain == "(no words)"
+
+
+def test_a_text_cannot_steer_the_terminal():
+    """ESC [2J would clear the screen, ESC ] 0 set its title, U+202E turn the text."""
+    evil = "\x1b[2J\x1b]0;x\x07\u202e"
+    for shown in (
+        report.trace_text([(evil, 0.5)], NAMES),
+        report.prediction_text(0.5, "no", evil),
+    ):
+        assert not {"\x1b", "\x07", "\u202e"} & set(shown.plain)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_the_color_tells_the_side_and_the_text_is_readable(score):
+    red, green, blue = report.score_color(score)
+    assert (red > green) == (score <= 0.5)
+    # WCAG 2 contrast of black text: (L + 0.05) / 0.05 must reach 4.5.
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (red / 255, green / 255, blue / 255)
+    ]
+    luminance = sum(
+        a * b for a, b in zip((0.2126, 0.7152, 0.0722), linear, strict=True)
+    )
+    assert (luminance + 0.05) / 0.05 >= 4.5
+
+
+def test_color_appears_in_a_terminal_and_nowhere_else():
+    trace = report.trace_text([("bad", 0.1)], NAMES)
+    assert "\x1b[30;48;2;" in drawn(trace)
+    assert "48;2" not in drawn(trace, no_color=True)
+    plain = drawn(trace, force_terminal=False, color_system="auto")
+    assert plain == "bad\n0.10\n= negative 0.10\n"
+
+
+def foot(live: report.LiveProgress, console: Console) -> list[str]:
+    """The lines of the live display as they stand."""
+    lines = console.render_lines(live.progress, pad=False)
+    return ["".join(segment.text for segment in line) for line in lines]
+
+
+def test_the_speed_and_the_time_left_forget_the_compilation():
+    """100 s to the first batch, then one a second with 1200 words each.
+
+    At batch 31 of 2 epochs of 40, 49 batches are left, which take 49 s.
+    """
+    console = terminal()
+    with report.LiveProgress(console) as live:
+        for batch in range(1, 32):
+            live.step(
+                step_done(1, 2, batch, 40, tokens=1200 * batch, seconds=99.0 + batch)
+            )
+        (line,) = foot(live, console)
+    assert line.startswith("Epoch 1/2 ")
+    assert line.rstrip().endswith(
+        "31/40  loss 0.500  accuracy 0.750  1.2k tokens/s  0:49 left"
+    )
+
+
+def test_live_progress_draws_in_a_terminal_only():
+    for is_terminal in (True, False):
+        console = terminal(force_terminal=is_terminal)
+        with report.LiveProgress(console) as live:
+            live.step(step_done(1, 1, 1, 1))
+        assert bool(console.file.getvalue()) == is_terminal
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_live_progress_fits_one_line(width):
+    console = terminal(width=width)
+    with report.LiveProgress(console) as live:
+        for step in (step_done(1, 50, 1, 303), step_done(9, 50, 99, 303, seconds=9e4)):
+            live.step(step)
+        assert len(foot(live, console)) == 1
+
+
+def test_numbers_are_short():
+    assert report.compact(999) == "999"
+    assert report.compact(1_240) == "1.2k"
+    assert report.compact(999_499) == "999k"
+    assert report.compact(12_345_678) == "12.3M"
+    assert report.clock(3599.6) == "1:00:00"
