@@ -45,7 +45,7 @@ ARROWS = {
     "optim": "config",
     "parallel": "optim",
     "train": f"{MODULES} optim parallel",
-    "report": "config",
+    "report": "config events",
     "folder": "config",
     "environment": "",
     "events": "config",
