@@ -70,7 +70,7 @@ class Activations:
 
 
 def step(
-    params: LSTMParams, carry: Any, x: Array, *, dtype: Any, activations: Activations
+    params: LSTMParams, carry: Any, x: Any, *, dtype: Any, activations: Activations
 ) -> tuple[Any, Array]:
     """Advances a module's carry by one step, inside Flax's own `RNN` or alone.
 
