@@ -185,3 +185,22 @@ def assert_close(got: Any, want: Any, tolerance: float) -> None:
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e}"
 
     jax.tree_util.tree_map_with_path(check, got, want)
+
+
+def peephole_cell(params, state, x):
+    z = x @ params.kernel + state.h @ params.recurrent_kernel
+    i, f, g, o = jnp.split(z + params.bias[None], 4, -1)
+    p_i, p_f, p_o = (p[None] for p in params.peephole)
+    i = jax.nn.sigmoid(i + p_i * state.c)
+    f = jax.nn.sigmoid(f + p_f * state.c)
+    c = f * state.c + i * jnp.tanh(g)
+    h = jax.nn.sigmoid(o + p_o * c) * jnp.tanh(c)
+    return LSTMState(c, h), h
+
+
+def projected_cell(params, state, x):
+    z = x @ params.kernel + state.h @ params.recurrent_kernel
+    i, f, g, o = jnp.split(z + params.bias[None], 4, -1)
+    c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = (jax.nn.sigmoid(o) * jnp.tanh(c)) @ params.projection
+    return LSTMState(c, h), h
