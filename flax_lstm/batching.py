@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float32, Int, Int32, Int64
+from numpy.typing import ArrayLike
 
 from flax_lstm.config import DataConfig, UserError
 
@@ -59,11 +60,11 @@ class Examples:
     """Encoded texts end to end: row r is `tokens[offsets[r]:offsets[r + 1]]`."""
 
     tokens: Int32[np.ndarray, "N"]
-    offsets: Int64[np.ndarray, "R+1"]
+    offsets: Int64[np.ndarray, "ends"]
     labels: Float32[np.ndarray, "R"]
 
     @classmethod
-    def from_rows(cls, rows: Sequence[np.ndarray], labels: Sequence[float]):
+    def from_rows(cls, rows: Sequence[np.ndarray], labels: ArrayLike) -> "Examples":
         """Joins one array of ids per row.
 
         >>> Examples.from_rows([np.array([5, 6]), np.array([])], [1, 0]).lengths

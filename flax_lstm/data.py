@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
 
 from flax_lstm.batching import (
     Batch,
@@ -20,11 +19,11 @@ from flax_lstm.batching import (
     batch_plan,
     batches,
     padded_lengths,
-    permutation,
     prefetch,
 )
 from flax_lstm.config import DataConfig, UserError
 from flax_lstm.labels import Classes, classes_named, find_classes, to_numbers
+from flax_lstm.partition import PARTS, LabelledRows, shared_groups, split
 from flax_lstm.sources import Rows, Source, read
 from flax_lstm.text import Encoded, TextTokenizer, fit
 
@@ -43,10 +42,6 @@ __all__ = [
     "padded_lengths",
     "prefetch",
 ]
-
-PARTS = ("train", "validation", "test")
-SPLIT_KEY = 7
-"""Keeps the split's random numbers apart from those of the epochs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +63,6 @@ class Corpus:
     label_names: tuple[str, str]
     bucket_lengths: tuple[int, ...]
     summary: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """Rows of one part after reading, with their labels as numbers."""
-
-    rows: Rows
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 def load(
@@ -105,18 +89,15 @@ def load(
         parts["test"] = _only_part(other)
     parts = {name: parts[name] for name in PARTS if name in parts}
     classes, numbers = _numbers(parts)
-    counted = {n: _Part(rows, numbers[n]) for n, rows in parts.items()}
+    counted = {n: LabelledRows(rows, numbers[n]) for n, rows in parts.items()}
     if config.pipeline == "tutorial":
         encoded, tokenizer = _encode_all(counted, config, tokenizer)
-        picked = _split(counted, config, seed, _not_empty(encoded))
+        picked = split(counted, config, seed, _not_empty(encoded))
         examples = {n: encoded[p].take(rows) for n, (p, rows) in picked.items()}
     else:
-        picked = _split(counted, config, seed, None)
+        picked = split(counted, config, seed, None)
         examples, tokenizer = _encode_parts(counted, picked, config, tokenizer)
-    texts = {
-        n: [counted[p].rows.texts[row] for row in rows.tolist()]
-        for n, (p, rows) in picked.items()
-    }
+    texts = {n: counted[p].texts(rows) for n, (p, rows) in picked.items()}
     cut = {n: int(np.sum(e.lengths > config.max_length)) for n, e in examples.items()}
     examples = {n: _truncate(e, config.max_length) for n, e in examples.items()}
     lengths = padded_lengths(examples["train"], config)
@@ -134,7 +115,7 @@ def load(
         "truncated": cut,
         "dropped_empty": sum(map(len, counted.values()))
         - sum(len(e) for e in examples.values()),
-        "groups_in_several_parts": _shared_groups(counted, picked),
+        "groups_in_several_parts": shared_groups(counted, picked),
         "vocabulary_size": tokenizer.vocabulary_size,
         "tokenizer": tokenizer.fingerprint(),
         "bucket_lengths": list(lengths),
@@ -234,7 +215,9 @@ class _Joined(Sequence):
 
 
 def _encode_all(
-    counted: dict[str, _Part], config: DataConfig, tokenizer: TextTokenizer | None
+    counted: dict[str, LabelledRows],
+    config: DataConfig,
+    tokenizer: TextTokenizer | None,
 ) -> tuple[dict[str, Examples], TextTokenizer]:
     """Encodes every row before the split, with the vocabulary of all of them."""
     texts = [text for part in counted.values() for text in part.rows.texts]
@@ -256,7 +239,7 @@ def _not_empty(encoded: dict[str, Examples]) -> dict[str, np.ndarray]:
 
 
 def _encode_parts(
-    counted: dict[str, _Part],
+    counted: dict[str, LabelledRows],
     picked: dict[str, tuple[str, np.ndarray]],
     config: DataConfig,
     tokenizer: TextTokenizer | None,
@@ -265,7 +248,7 @@ def _encode_parts(
     examples = {}
     for name, (origin, rows) in picked.items():
         part = counted[origin]
-        texts = [part.rows.texts[row] for row in rows.tolist()]
+        texts = part.texts(rows)
         if tokenizer is None:
             tokenizer, ids, offsets = fit(texts, config)
         else:
@@ -275,97 +258,12 @@ def _encode_parts(
     return examples, tokenizer
 
 
-def _split(
-    counted: dict[str, _Part],
-    config: DataConfig,
-    seed: int,
-    usable: dict[str, np.ndarray] | None,
-) -> dict[str, tuple[str, Int64[np.ndarray, "n"]]]:
-    """Returns, for each part, the part of the source it is cut from and its rows."""
-    if usable is None:
-        usable = {name: np.arange(len(part)) for name, part in counted.items()}
-    shares = {"train": 1.0}
-    for name, fraction in [
-        ("validation", config.validation_fraction),
-        ("test", config.test_fraction),
-    ]:
-        if name not in counted:
-            shares[name] = fraction
-            shares["train"] -= fraction
-    rows = usable["train"]
-    order = rows[permutation(len(rows), seed, SPLIT_KEY)]
-    ends = _ends(len(order), shares)
-    groups = counted["train"].rows.groups
-    if groups is not None:
-        order, ends = _keep_groups([groups[row] for row in order], order, ends, seed)
-    cuts = np.split(order, ends[:-1])
-    picked = {n: ("train", cut) for n, cut in zip(shares, cuts, strict=True)}
-    for name in PARTS[1:]:
-        if name in counted:
-            picked[name] = (name, usable[name])
-    for name in PARTS:
-        if not len(picked[name][1]):
-            what = "groups" if groups is not None else "rows"
-            raise UserError(
-                f"the {name} part would be empty: {len(rows)} rows have too few {what} "
-                f"to split by {shares}. Give more data, or larger fractions."
-            )
-    return {name: picked[name] for name in PARTS}
-
-
-def _ends(size: int, shares: dict[str, float]) -> list[int]:
-    """Returns where each part ends: whole rows, the training part rounded down.
-
-    >>> _ends(96_966, {"train": 0.8, "validation": 0.1, "test": 0.1})
-    [77572, 87269, 96966]
-    """
-    # The small addition keeps 0.8 * 10 from being 7.999... and so 7 rows.
-    train = int(size * shares["train"] + 1e-9)
-    rest = 1 - shares["train"]
-    ends, held_out = [train], 0.0
-    for name in list(shares)[1:]:
-        held_out += shares[name]
-        ends.append(train + int((size - train) * held_out / rest + 1e-9))
-    return ends
-
-
-def _keep_groups(
-    groups: Sequence[str], order: np.ndarray, ends: list[int], seed: int
-) -> tuple[np.ndarray, list[int]]:
-    """Moves the ends of the parts so that no group is cut.
-
-    Groups are laid end to end in a random order; each goes to the part in which its
-    middle falls. (In the order of their first rows, large groups would come first.)
-    """
-    _, code = np.unique(groups, return_inverse=True)
-    shuffled = permutation(int(code.max()) + 1, seed, SPLIT_KEY, 1)
-    sizes = np.bincount(code)[shuffled]
-    part_of_group = np.zeros(len(shuffled), np.int64)
-    middles = np.cumsum(sizes) - sizes / 2
-    part_of_group[shuffled] = np.searchsorted(ends[:-1], middles)
-    part = part_of_group[code]
-    sorted_rows = order[np.argsort(part, kind="stable")]
-    return sorted_rows, np.cumsum(np.bincount(part, minlength=len(ends))).tolist()
-
-
 def _truncate(examples: Examples, max_length: int) -> Examples:
     lengths = np.minimum(examples.lengths, max_length)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     shift = np.repeat(examples.offsets[:-1] - offsets[:-1], lengths)
     tokens = examples.tokens[np.arange(offsets[-1]) + shift]
     return Examples(tokens, offsets, examples.labels)
-
-
-def _shared_groups(
-    counted: dict[str, _Part], picked: dict[str, tuple[str, np.ndarray]]
-) -> int:
-    """Returns how many groups have rows in more than one part."""
-    seen: Counter[str] = Counter()
-    for origin, rows in picked.values():
-        groups = counted[origin].rows.groups
-        if groups is not None:
-            seen.update({groups[row] for row in rows.tolist()})
-    return sum(count > 1 for count in seen.values())
 
 
 def _counts(

@@ -84,7 +84,7 @@ def key_of(label: object, where: str) -> str:
             return str(int(float(text)))
         if not _FRACTION.fullmatch(text):
             return text
-    what = "no label" if label is None or label == "" else f"the label {label!r}"
+    what = "no label" if label is None or label == "" else f"the label {shown(label)}"
     raise UserError(
         f"{where} has {what}; a label is a whole number (0, 1), a boolean or a word. "
         "Correct the row or remove it, or choose another --label-column."
@@ -125,13 +125,13 @@ def find_classes(labels: Sequence[object], where: Sequence[str]) -> Classes:
         )
         name, row = seen[odd[0]]
         raise UserError(
-            f"{where[row]} has the unknown label {name!r}; other rows have "
-            f"{', '.join(repr(seen[key][0]) for key in usual[:3])}. Labels are two "
+            f"{where[row]} has the unknown label {shown(name)}; other rows have "
+            f"{', '.join(shown(seen[key][0]) for key in usual[:3])}. Labels are two "
             "numbers or two words; correct the row or remove it."
         )
     if len(keys) != 2:
         found = ", ".join(
-            f"{seen[key][0]!r} ({counts[key]} rows, first {where[seen[key][1]]})"
+            f"{shown(seen[key][0])} ({counts[key]} rows, first {where[seen[key][1]]})"
             for key in keys[:5]
         )
         more = ", ..." if len(keys) > 5 else ""
@@ -169,8 +169,8 @@ def to_numbers(
         key = key_of(label, where[row])
         if key not in values:
             raise UserError(
-                f"{where[row]} has the label {label!r}; expected {classes.names[0]!r} "
-                f"or {classes.names[1]!r}."
+                f"{where[row]} has the label {shown(label)}; expected "
+                f"{classes.names[0]!r} or {classes.names[1]!r}."
             )
         numbers[row] = values[key]
     return numbers
@@ -180,3 +180,15 @@ def classes_named(names: tuple[str, str]) -> Classes:
     """Returns the classes of an earlier run, to read other data with."""
     keys = (key_of(names[0], "the negative class"), key_of(names[1], "the positive"))
     return Classes(names, keys, "those of the run")
+
+
+def shown(value: object) -> str:
+    """Returns a value for a message, shortened.
+
+    >>> shown("a" * 50), shown(None)
+    ("'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...", 'nothing')
+    """
+    if value is None:
+        return "nothing"
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

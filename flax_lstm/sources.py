@@ -1,20 +1,14 @@
 """Where labelled text comes from, read into rows that say where they were read.
 
-Text formats are parsed here rather than by `datasets.load_dataset`, which turns the
-text `NA` into a missing value, takes the first field of an over-long csv row as an
-index, mixes types in silence, and names no line (datasets 5.2). Parquet files and the
-Hugging Face Hub go through `datasets`. Nothing but a Hub name touches the network, and
-no cache outlives the reading of a local file.
+Parquet files and the Hugging Face Hub go through `datasets`; formats.py says why csv
+and json do not. Nothing but a Hub name touches the network, and no cache outlives the
+reading of a local file.
 """
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
-import io
-import json
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +16,8 @@ from typing import Any
 
 from flax_lstm import demo_corpus
 from flax_lstm.config import DataConfig, UserError
+from flax_lstm.formats import decode, parse_csv, parse_json
+from flax_lstm.labels import shown
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 TEXT_NAMES = ("text", "review", "sentence", "message", "content", "comment", "tweet")
@@ -139,101 +135,14 @@ def _read_file(path: Path, config: DataConfig) -> Source:
             if not text.strip():
                 raise UserError(f"no rows in {path}: the file is empty.")
             if suffix in (".json", ".jsonl"):
-                columns, numbers, unit = _parse_json(text, path)
+                columns, numbers, unit = parse_json(text, path)
             else:
-                columns, numbers, unit = _parse_csv(text, path, suffix == ".tsv")
+                columns, numbers, unit = parse_csv(text, path, suffix == ".tsv")
             where = Where(str(path), len(numbers), unit, numbers)
             rows = _rows(columns, where, str(path), config)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     return Source({"train": rows}, str(path), digest)
-
-
-def decode(content: bytes, path: Path) -> str:
-    """Decodes UTF-8, with or without a byte order mark.
-
-    Raises:
-      UserError: If the bytes are not UTF-8; names the file and the first wrong byte.
-    """
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8: byte {error.start} is "
-            f"0x{error.object[error.start]:02x}. Convert the file, for example with "
-            "`iconv -f LATIN1 -t UTF-8`."
-        ) from error
-
-
-def _parse_csv(
-    text: str, path: Path, tabs: bool
-) -> tuple[dict[str, list[Any]], list[int], str]:
-    """Returns the columns as text, and the line in which each row ends."""
-    limit = csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True
-    )
-    try:
-        header = [name.strip() for name in next(reader)]
-        repeated = sorted({name for name in header if header.count(name) > 1 and name})
-        if repeated:
-            raise UserError(
-                f"{path} has more than one column {repeated[0]!r}; rename them so that "
-                "each name occurs once."
-            )
-        records, lines = [], []
-        for record in reader:
-            if not record:
-                continue  # a blank line
-            if len(record) != len(header):
-                raise UserError(
-                    f"line {reader.line_num} of {path} has {len(record)} fields and "
-                    f"the header has {len(header)} ({', '.join(header)}); quote texts "
-                    "that hold the separator."
-                )
-            records.append(record)
-            lines.append(reader.line_num)
-    except csv.Error as error:
-        raise UserError(
-            f"line {reader.line_num} of {path} does not parse: {error}. Is a quote "
-            "left open?"
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    values = zip(*records, strict=True) if records else [[] for _ in header]
-    columns = {name: list(column) for name, column in zip(header, values, strict=True)}
-    return columns, lines, "line"
-
-
-def _parse_json(text: str, path: Path) -> tuple[dict[str, list[Any]], list[int], str]:
-    """Returns the columns of an array of objects, or of one object per line."""
-    records: list[tuple[int, Any]] = []
-    line = 1
-    try:
-        if text.lstrip().startswith("["):
-            unit = "row"
-            records = list(enumerate(json.loads(text), start=1))
-        else:
-            unit = "line"
-            for line, content in enumerate(text.split("\n"), start=1):
-                if content.strip():
-                    records.append((line, json.loads(content)))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"line {line + error.lineno - 1} of {path} is not JSON: {error.msg} "
-            f"(column {error.colno}). Expected an array of objects, or one object per "
-            "line."
-        ) from error
-    names: dict[str, None] = {}
-    for number, record in records:
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{unit} {number} of {path} is {_shown(record)}; expected an object "
-                'such as {"text": "...", "label": 1}.'
-            )
-        names.update(dict.fromkeys(record))
-    columns = {name: [r.get(name) for _, r in records] for name in names}
-    return columns, [number for number, _ in records], unit
 
 
 def _read_folder(path: Path, config: DataConfig) -> Source:
@@ -396,7 +305,7 @@ def _rows(
     for row, value in enumerate(columns[text]):
         if not isinstance(value, str):
             raise UserError(
-                f"{where[row]} has {_shown(value)} for a text in column {text!r}; "
+                f"{where[row]} has {shown(value)} for a text in column {text!r}; "
                 "expected a string. Correct the row or remove it."
             )
     groups = None
@@ -408,10 +317,3 @@ def _rows(
                 )
         groups = [str(value) for value in columns[group]]
     return Rows(columns[text], columns[label], groups, where)
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "nothing"
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

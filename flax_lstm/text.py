@@ -34,6 +34,8 @@ NUMBER = r"\d*\.?\d+"
 TAGS = ("TICKER", "USER", "LINK", "PRICE", "NUMBER")
 CHUNK_TEXTS, CHUNK_CHARACTERS = 1000, 4_000_000
 """Texts encoded at a time, which bounds the memory of the intermediate objects."""
+MOST_CHARACTERS = 1_000_000
+"""Read of one text at the most, unless far more tokens than usual are to be kept."""
 MARGIN = 8
 """Last tokens not trusted where a long text was cut in the middle of something."""
 
@@ -64,7 +66,7 @@ class TextTokenizer:
         max_length: int,
     ):
         self._tokenizer = tokenizer
-        self._unknown_id = tokenizer.token_to_id(UNKNOWN)
+        self._unknown_id: int = tokenizer.get_vocab()[UNKNOWN]
         self.pipeline = pipeline
         self.max_length = max_length
         # The tutorial's unknown id stands behind the vocabulary and never leaves here.
@@ -83,7 +85,7 @@ class TextTokenizer:
     def analyse(self, texts: Sequence[str]) -> list[Encoded]:
         """Returns ids, words, and what was unknown or cut off, of each text."""
         results = []
-        for text in map(_well_formed, texts):
+        for text in texts:
             cut, encoding = self._encode_one(text, self.max_length)
             ids = np.array(encoding.ids, np.int32)
             known = ids != self._unknown_id
@@ -108,7 +110,7 @@ class TextTokenizer:
 
     def encode_flat(
         self, texts: Sequence[str], limit: int | None
-    ) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "R+1"]]:
+    ) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "ends"]]:
         """Returns the ids of all texts end to end, and where each begins and ends.
 
         Args:
@@ -134,7 +136,9 @@ class TextTokenizer:
 
     def _encode_one(self, text: str, limit: int | None) -> tuple[str, Any]:
         """Returns a text cut where `limit` sound tokens are safe, and its encoding."""
-        size = len(text) if limit is None else _cut_size(limit)
+        most = _most(limit)
+        text = _well_formed(text[:most])
+        size = most if limit is None else _cut_size(limit)
         while True:
             cut = text[:size]
             encoding = self._tokenizer.encode(cut, add_special_tokens=False)
@@ -191,7 +195,7 @@ class TextTokenizer:
 
 def fit(
     texts: Sequence[str], config: DataConfig
-) -> tuple[TextTokenizer, Int32[np.ndarray, "N"], Int64[np.ndarray, "R+1"]]:
+) -> tuple[TextTokenizer, Int32[np.ndarray, "N"], Int64[np.ndarray, "ends"]]:
     """Builds the vocabulary from `texts` and encodes them with it.
 
     `words` counts the tokens that are kept of each text, `tutorial` counts all of
@@ -277,13 +281,20 @@ def _set_pipeline(tokenizer: "tokenizers.Tokenizer", pipeline: str) -> None:
 
 
 def _cut_size(limit: int) -> int:
+    """Returns how many characters are likely to hold `limit` tokens."""
     return max(10_000, 16 * limit)
+
+
+def _most(limit: int | None) -> int:
+    """Returns how many characters of a text are ever read."""
+    return max(MOST_CHARACTERS, 16 * (limit or 0))
 
 
 def _chunks(texts: Sequence[str], limit: int | None) -> Iterator[list[str]]:
     """Yields texts in lists of bounded size; a text to be cut stands alone."""
     chunk, size = [], 0
-    for text in map(_well_formed, texts):
+    for text in texts:
+        text = _well_formed(text[: _most(limit)])
         alone = limit is not None and len(text) > _cut_size(limit)
         full = len(chunk) == CHUNK_TEXTS or size + len(text) > CHUNK_CHARACTERS
         if chunk and (alone or full):
