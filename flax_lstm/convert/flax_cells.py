@@ -18,6 +18,7 @@ import numpy as np
 from flax_lstm.cell import LSTMParams
 from flax_lstm.convert.layout import (
     GATES,
+    Unpacked,
     check_keys,
     check_shape,
     pack,
@@ -132,7 +133,7 @@ def _read_gates(cell: Mapping[str, Any], inputs: tuple[str, ...]) -> LSTMParams:
 
 
 def _write_gates(
-    weights: LSTMParams, inputs: tuple[str, ...]
+    weights: Unpacked, inputs: tuple[str, ...]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Returns the leaves of a cell that stores each gate on its own."""
     kernels, recurrents, biases = (np.split(w, len(GATES), -1) for w in weights)

@@ -118,7 +118,15 @@ def pack(kernel: np.ndarray, recurrent: np.ndarray, bias: np.ndarray) -> LSTMPar
     return LSTMParams(jnp.asarray(kernel), jnp.asarray(recurrent), jnp.asarray(bias))
 
 
-def unpack(params: Any, name: str) -> LSTMParams:
+class Unpacked(NamedTuple):
+    """The fields of `LSTMParams` as NumPy arrays."""
+
+    kernel: np.ndarray
+    recurrent_kernel: np.ndarray
+    bias: np.ndarray
+
+
+def unpack(params: Any, name: str) -> Unpacked:
     """Returns the three NumPy arrays of plain `LSTMParams`.
 
     Raises:
@@ -129,7 +137,7 @@ def unpack(params: Any, name: str) -> LSTMParams:
             f"{name} holds plain LSTM layers only, as LSTMParams; "
             f"got {type(params).__name__}."
         )
-    return LSTMParams(*(np.asarray(leaf) for leaf in params))
+    return Unpacked(*(np.asarray(leaf) for leaf in params))
 
 
 def layer_name(index: int, direction: int) -> str:

@@ -20,6 +20,7 @@ from flax_lstm.convert.layout import (
     GATES,
     Layer,
     Stack,
+    Unpacked,
     as_array,
     check_keys,
     check_layers,
@@ -229,7 +230,7 @@ def _split(
     return pack(kernel, recurrent, bias)
 
 
-def _stack(params: LSTMParams, forget_bias: float) -> tuple[np.ndarray, np.ndarray]:
+def _stack(params: Unpacked, forget_bias: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns `[I+H, 4H]` and `[4H]` in order i g f o, the inverse of `_split`."""
     hidden = params.recurrent_kernel.shape[0]
     bias = np.array(params.bias)
