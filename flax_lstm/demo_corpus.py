@@ -4,9 +4,9 @@ Nobody wrote these sentences and nobody was asked about them; they exist to show
 seconds and without a download, what an LSTM can learn and a bag of words cannot.
 
 A `plain` sentence holds words of one sentiment only. Every other kind holds one
-positive and one negative word of the same form, and the sentence with the two swapped,
-the same words in another order, is in the corpus too, with the other label. Counting
-words therefore says nothing about them: their order decides.
+positive and one negative word, and comes with a counterpart of the other label that
+holds the same two: mostly the very same words in another order. Counting words
+therefore says next to nothing about them: their order decides.
 """
 
 import random
@@ -58,16 +58,18 @@ OPENERS = ("", "", "honestly , ", "to be fair , ", "well , ", "for me , ")
 CLOSERS = ("", "", " for once", " this time", " in my opinion", " all the same")
 
 # {p} and {n}: a positive and a negative adjective; {l} and {d}: a verb of liking and
-# one of disliking; {a} and {b}: two subjects. Label 1 is positive.
+# one of disliking; {a} and {b}: two subjects. Label 1 is positive. The counterpart of
+# an ordered form swaps {p} with {n} and {l} with {d}; that of a crossed form is the
+# other form of its pair.
 PLAIN = (
     ("{a} was {p}", 1),
     ("{a} was {p} and {b} was really lovely", 1),
     ("i had to {l} it , {a} was so {p}", 1),
-    ("what a {p} evening , {a} made me {l} every minute", 1),
+    ("{p} from start to end , {a} made me {l} every minute", 1),
     ("{a} was {n}", 0),
     ("{a} was {n} and {b} was really dreadful", 0),
     ("i had to {d} it , {a} was so {n}", 0),
-    ("what a {n} evening , {a} made me {d} every minute", 0),
+    ("{n} from start to end , {a} made me {d} every minute", 0),
 )
 ORDERED = {
     "negation": (
@@ -95,11 +97,17 @@ ORDERED = {
     "expectation": (
         ("i wanted to {l} {a} , but i have to {d} it", 0),
         ("i expected to {d} it , but {a} made me {l} it", 1),
-        ("i hoped for something {p} , but {a} was {n}", 0),
-        ("i feared {a} would be {n} , it was {p}", 1),
+        ("i expected something {p} , but {a} was {n}", 0),
+        ("i thought {a} would be {n} , it was {p}", 1),
     ),
 }
-KINDS = ("plain", *ORDERED)
+CROSSED = (
+    ("i wanted to {l} it , but {a} was {n}", 0),
+    ("i wanted to {d} it , but {a} was {p}", 1),
+    ("{a} was {n} , and yet i had to {l} it", 1),
+    ("{a} was {p} , and yet i had to {d} it", 0),
+)
+KINDS = ("plain", *ORDERED, "crossed")
 
 
 class Sentence(NamedTuple):
@@ -108,7 +116,7 @@ class Sentence(NamedTuple):
     Attributes:
       text: The words, in lower case, with spaces around punctuation.
       label: 1 positive, 0 negative.
-      kind: "plain", or what decides it: one of the names in `ORDERED`.
+      kind: One of `KINDS`; but for "plain", the order of the words decides.
     """
 
     text: str
@@ -119,25 +127,25 @@ class Sentence(NamedTuple):
 def sentences(count: int = 4000, seed: int = 0) -> list[Sentence]:
     """Returns distinct sentences in random order, the same for the same arguments.
 
-    Three in ten are plain; the other kinds share the rest equally. Both labels are
-    equally frequent within every kind.
+    Three in ten are plain; the other kinds share the rest. Both labels are equally
+    frequent within every kind.
 
     Args:
-      count: Sentences; rounded down to a multiple of 20.
+      count: Sentences, rounded down so that the kinds come out even.
       seed: Seed of the choice and of the order.
     """
     rng = random.Random(seed)
     found: dict[str, Sentence] = {}
-    each = 2 * (count // 20)
+    pairs = count // 2
     for kind in KINDS:
-        wanted = 3 * each if kind == "plain" else 7 * each // len(ORDERED)
-        wanted -= wanted % 2
+        plain = pairs * 3 // 10
+        share = plain if kind == "plain" else (pairs - plain) // (len(KINDS) - 1)
         have = 0
-        while have < wanted:
+        while have < share:
             pair = _pair(kind, rng)
             if all(sentence.text not in found for sentence in pair):
                 found.update((sentence.text, sentence) for sentence in pair)
-                have += 2
+                have += 1
     # `random.shuffle` may change between Python versions; `random.random` may not.
     return sorted(found.values(), key=lambda _: rng.random())
 
@@ -149,33 +157,22 @@ def _pair(kind: str, rng: random.Random) -> tuple[Sentence, Sentence]:
     good, bad = _pick(POSITIVE, rng), _pick(NEGATIVE, rng)
     like, dislike = _pick(LIKE, rng), _pick(DISLIKE, rng)
     frame = _pick(OPENERS, rng) + "{}" + _pick(CLOSERS, rng) + _pick((" .", " !"), rng)
-    if kind == "plain":
-        half = len(PLAIN) // 2
-        index = int(rng.random() * half)
-        forms = (PLAIN[index], PLAIN[index + half])
-        swap = False
+    words = {"a": a, "b": b, "p": good, "n": bad, "l": like, "d": dislike}
+    other = words
+    if kind in ORDERED:
+        first, label = _pick(ORDERED[kind], rng)
+        second = first
+        other = words | {"p": bad, "n": good, "l": dislike, "d": like}
     else:
-        form, label = _pick(ORDERED[kind], rng)
-        forms = ((form, label), (form, 1 - label))
-        swap = True
-    first, second = (
-        Sentence(
-            frame.format(
-                form.format(
-                    a=a,
-                    b=b,
-                    p=bad if swap and turn else good,
-                    n=good if swap and turn else bad,
-                    l=dislike if swap and turn else like,
-                    d=like if swap and turn else dislike,
-                )
-            ),
-            label,
-            kind,
-        )
-        for turn, (form, label) in enumerate(forms)
+        forms = PLAIN if kind == "plain" else CROSSED
+        half = len(forms) // 2
+        index = int(rng.random() * half)
+        first, label = forms[index]
+        second, _ = forms[index + half]
+    return (
+        Sentence(frame.format(first.format(**words)), label, kind),
+        Sentence(frame.format(second.format(**other)), 1 - label, kind),
     )
-    return first, second
 
 
 def _pick(options, rng: random.Random):

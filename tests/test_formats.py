@@ -1,0 +1,81 @@
+"""csv and json files: what is kept as it is, and what names its line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flax_lstm.config import UserError
+from flax_lstm.formats import decode, parse_csv, parse_json
+
+FILE = Path("FILE")
+
+
+def test_csv_text_stays_text():
+    texts = ["NA", "null", "", "12", "nan", 'a "quoted", text', "two\nlines", "a\x00b"]
+    content = "text,label\n" + "".join(
+        '"' + text.replace('"', '""') + f'",{i % 2}\n' for i, text in enumerate(texts)
+    )
+    columns, lines, unit = parse_csv(content, FILE, tabs=False)
+    assert columns == {"text": texts, "label": list("01010101")}
+    assert (lines, unit) == ([2, 3, 4, 5, 6, 7, 9, 10], "line")
+
+
+def test_tabs_crlf_blank_lines_and_a_field_of_a_megabyte():
+    long = "x" * 1_000_000
+    columns, lines, _ = parse_csv(
+        f"text\tlabel\r\na, b\t1\r\n\r\n{long}\t0\r\n", FILE, tabs=True
+    )
+    assert columns == {"text": ["a, b", long], "label": ["1", "0"]}
+    assert lines == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\na,1\nb, c,0\n", "line 3 of FILE has 3 fields and the header 2"),
+        ("text,label\na,1\nb\n", "line 3 of FILE has 1 fields and the header 2"),
+        ('text,label\n"a,1\nb,0\n', "line 3 of FILE does not parse"),
+        ("text,text\na,1\n", "more than one column 'text'"),
+    ],
+)
+def test_broken_csv_names_the_line(content, message):
+    message = message.replace("header 2", "header has 2")
+    with pytest.raises(UserError, match=message):
+        parse_csv(content, FILE, tabs=False)
+
+
+def test_json_as_an_array_or_as_lines():
+    records = [{"text": "a", "label": 1}, {"text": "b\u2028c", "label": 0}]
+    want = {"text": ["a", "b\u2028c"], "label": [1, 0]}
+    array = json.dumps(records, indent=1)
+    assert parse_json(array, FILE) == (want, [1, 2], "row")
+    lines = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+    assert parse_json(lines + "\n", FILE) == (want, [1, 3], "line")
+
+
+def test_a_missing_key_is_nothing():
+    columns, _, _ = parse_json('{"text": "a"}\n{"label": 1}', FILE)
+    assert columns == {"text": ["a", None], "label": [None, 1]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": \n', "line 2 of FILE is not JSON"),
+        ('[\n{"text": "a"},\n{"text" 1}]', "line 3 of FILE is not JSON"),
+        ('"just a text"', "line 1 of FILE is 'just a text'; expected an object"),
+        ("[1, 2]", "row 1 of FILE is 1; expected an object"),
+    ],
+)
+def test_broken_json_names_the_line(content, message):
+    with pytest.raises(UserError, match=message):
+        parse_json(content, FILE)
+
+
+def test_text_that_is_not_utf8_names_the_byte():
+    assert decode(b"\xef\xbb\xbftext", FILE) == "text"
+    with pytest.raises(UserError, match="FILE is not UTF-8: byte 3 is 0xe9"):
+        decode("caf\xe9".encode("latin-1"), FILE)
+    with pytest.raises(UserError, match="FILE is not UTF-8: byte 0 is 0xff"):
+        decode("text".encode("utf-16"), FILE)

@@ -1,0 +1,237 @@
+"""Every kind of source gives the same rows; every kind of fault says what to do."""
+
+import csv
+import json
+import os
+import socket
+
+import datasets
+import pytest
+
+from flax_lstm import demo_corpus
+from flax_lstm.config import DataConfig, UserError
+from flax_lstm.sources import read
+
+TEXTS = ["good film", "NA", "", "bad, film", "a\x00b", "two\nlines"]
+LABELS = [1, 0, 1, 0, 1, 0]
+CONFIG = DataConfig()
+
+
+def write(path, texts=TEXTS, labels=LABELS, names=("text", "label")):
+    """Writes a file of the type of its suffix with the usual libraries."""
+    columns = dict(zip(names, (texts, labels), strict=True))
+    records = [
+        dict(zip(names, row, strict=True)) for row in zip(texts, labels, strict=True)
+    ]
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(
+                file, names, delimiter="\t" if path.suffix == ".tsv" else ","
+            )
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, records)))
+    else:
+        datasets.Dataset.from_dict(columns).to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+@pytest.mark.usefixtures("no_network")
+def test_a_file_of_any_type_gives_its_rows(suffix, tmp_path):
+    source = read(write(tmp_path / f"file{suffix}"), CONFIG)
+    rows = source.parts["train"]
+    assert list(rows.texts) == TEXTS
+    assert [int(label) for label in rows.labels] == LABELS
+    assert rows.groups is None
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_file_changed_in_place_is_read_anew(suffix, tmp_path):
+    """Same size and same time of change: nothing but the content tells."""
+    path = tmp_path / f"file{suffix}"
+    first = read(write(path, ["aaa", "bbb"], [0, 1]), CONFIG)
+    status = path.stat()
+    second_name = write(path, ["ccc", "ddd"], [0, 1])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    second = read(second_name, CONFIG)
+    assert list(second.parts["train"].texts) == ["ccc", "ddd"]
+    assert first.sha256 != second.sha256
+
+
+def test_columns_are_found_by_usual_names_or_named(tmp_path):
+    path = write(tmp_path / "a.csv", names=("Review", "Sentiment"))
+    assert list(read(path, CONFIG).parts["train"].texts) == TEXTS
+    path = write(tmp_path / "b.csv", names=("x", "y"))
+    named = DataConfig(text_column="x", label_column="y", group_column="y")
+    rows = read(path, named).parts["train"]
+    assert list(rows.texts) == TEXTS
+    assert list(rows.groups or ()) == [str(label) for label in LABELS]
+
+
+@pytest.mark.parametrize(
+    ("header", "config", "message"),
+    [
+        ("x,label", CONFIG, "no column for the text.*columns are 'x', 'label'"),
+        ("text,x", CONFIG, "no column for the label.*--label-column"),
+        ("text,review", CONFIG, "several columns that could be the text: 'text', 're"),
+        ("text,label", DataConfig(text_column="t"), "no column 't'; columns are 'text"),
+        ("text,label", DataConfig(label_column="text"), "text and label are both"),
+        ("text,label", DataConfig(group_column="g"), "no column 'g'.*--group-column"),
+    ],
+)
+def test_missing_or_ambiguous_columns_are_named(header, config, message, tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text(f"{header}\na,1\nb,0\n")
+    with pytest.raises(UserError, match=message):
+        read(str(path), config)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_an_empty_file_has_no_rows(suffix, tmp_path):
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"no rows in|not read as Parquet"):
+        read(str(path), CONFIG)
+
+
+def test_a_header_alone_has_no_rows(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text("text,label\n")
+    with pytest.raises(UserError, match=r"no rows in .*file.csv"):
+        read(str(path), CONFIG)
+
+
+def test_an_unknown_type_or_a_missing_file_is_told(tmp_path):
+    path = tmp_path / "file.xlsx"
+    path.write_text("text")
+    with pytest.raises(UserError, match=r"type '.xlsx'; expected one of .csv"):
+        read(str(path), CONFIG)
+    for name in (str(tmp_path / "absent.csv"), "absent.csv", "a/b/c"):
+        with pytest.raises(UserError, match="no file or folder"):
+            read(name, CONFIG)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path = tmp_path / "file.parquet"
+    write(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"file.parquet does not read as Parquet"):
+        read(str(path), CONFIG)
+
+
+def test_a_text_that_is_no_string_names_its_line(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_text('{"text": "a", "label": 1}\n{"text": 5, "label": 0}\n')
+    with pytest.raises(UserError, match=r"line 2 of .*file.jsonl has 5 for a text"):
+        read(str(path), CONFIG)
+    path.write_text('{"text": "a", "label": 1}\n{"label": 0}\n')
+    with pytest.raises(UserError, match=r"line 2 of .*has nothing for a text"):
+        read(str(path), CONFIG)
+
+
+def test_latin1_names_file_and_byte(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_bytes("text,label\ncafé,1\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"file.csv is not UTF-8: byte 14 is 0xe9"):
+        read(str(path), CONFIG)
+
+
+def make_folder(root, parts):
+    for part, labels in parts.items():
+        for label, texts in labels.items():
+            folder = root / part / label
+            folder.mkdir(parents=True)
+            for i, text in enumerate(texts):
+                (folder / f"{i}_7.txt").write_text(text)
+    return str(root)
+
+
+def test_a_folder_in_aclimdb_form(tmp_path):
+    parts = {
+        "train": {"pos": ["a", "b"], "neg": ["c"], "unsup": ["u"]},
+        "test": {"pos": ["d"], "neg": ["e"]},
+    }
+    source = read(make_folder(tmp_path / "x", parts), CONFIG)
+    for part, labels in parts.items():
+        rows = source.parts[part]
+        want = {(t, n) for n in ("pos", "neg") for t in labels[n]}
+        assert set(zip(rows.texts, rows.labels, strict=True)) == want
+    only = read(str(tmp_path / "x" / "test"), CONFIG)
+    assert list(only.parts["train"].texts) == ["e", "d"]
+
+
+def test_a_folder_of_another_form_says_what_is_expected(tmp_path):
+    root = make_folder(tmp_path / "x", {"train": {"pos": ["a"]}})
+    with pytest.raises(UserError, match=r"no folder .*train/neg; expected .*train/pos"):
+        read(root, CONFIG)
+    (tmp_path / "y").mkdir()
+    with pytest.raises(UserError, match=r"no folder .*train/neg"):
+        read(str(tmp_path / "y"), CONFIG)
+
+
+def hub(monkeypatch, result):
+    def load_dataset(name, **options):
+        assert not options, "nothing but the name: no remote code"
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_a_hub_dataset_keeps_its_parts_and_names_its_classes(monkeypatch):
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["neg", "pos"])
+    )
+
+    def part(texts, labels):
+        columns = {"text": texts, "label": labels}
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    parts = {
+        "train": part(["a", "b"], [0, 1]),
+        "dev": part(["c"], [1]),
+        "test": part(["d", "e"], [-1, -1]),
+        "unsupervised": part(["f"], [-1]),
+    }
+    hub(monkeypatch, datasets.DatasetDict(parts))
+    source = read("someone/reviews", CONFIG)
+    assert set(source.parts) == {"train", "validation"}
+    assert list(source.parts["train"].labels) == ["neg", "pos"]
+    assert source.notes == ("someone/reviews (test) has no labels and is not used",)
+
+
+def test_what_the_hub_says_becomes_one_message(monkeypatch):
+    hub(monkeypatch, ConnectionError("Couldn't reach 'x/y' on the Hub\nand more"))
+    with pytest.raises(UserError, match=r"'x/y' is no file or folder here.*Couldn't"):
+        read("x/y", CONFIG)
+    empty = datasets.Dataset.from_dict({"text": ["a"], "label": [1]})
+    hub(monkeypatch, datasets.DatasetDict({"other": empty}))
+    with pytest.raises(UserError, match=r"no labelled training part.*'other'"):
+        read("x/y", CONFIG)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_the_demo_is_the_generated_corpus():
+    source = read("demo", CONFIG)
+    rows = source.parts["train"]
+    want = demo_corpus.sentences()
+    assert list(rows.texts) == [sentence.text for sentence in want]
+    assert [label == "positive" for label in rows.labels] == [s.label for s in want]
+    with pytest.raises(UserError, match="no columns"):
+        read("demo", DataConfig(group_column="film"))
