@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from flax_lstm import LSTMState, linen
 
-T, B, I, H = 5, 3, 4, 6
+T, B, D, H = 5, 3, 4, 6
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 LENGTHS = np.array([5, 2, 1])
 lecun = nn.initializers.lecun_normal()
@@ -36,7 +36,7 @@ def assert_trees_close(got, want, **tolerances):
 @pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.LSTMCell])
 def test_parameters_are_drawn_as_flax_draws_them(cell):
     """Same tree, same names, and from the same key the very same numbers."""
-    x = inputs(B, T, I)
+    x = inputs(B, T, D)
     want = nn.RNN(cell(H)).init(jax.random.key(7), x)
     ours = linen.LSTM(H, kernel_init=lecun, forget_bias=0.0)
     got = ours.init(jax.random.key(7), x)
@@ -83,7 +83,7 @@ def valid_only(result, *, lengths, time_major):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_lstm_equals_flax_rnn_with_the_same_parameters(options):
-    x = inputs(*((T, B, I) if options.get("time_major") else (B, T, I)))
+    x = inputs(*((T, B, D) if options.get("time_major") else (B, T, D)))
     theirs, ours = nn.RNN(nn.OptimizedLSTMCell(H)), linen.LSTM(H)
     variables = ours.init(jax.random.key(0), x)
     kept = partial(
@@ -102,7 +102,7 @@ def test_lstm_equals_flax_rnn_with_the_same_parameters(options):
 
 @pytest.mark.parametrize("name", ["carry", "lengths reverse"])
 def test_gradients_equal_those_of_flax_rnn(name):
-    x, options = inputs(B, T, I), OPTIONS[name]
+    x, options = inputs(B, T, D), OPTIONS[name]
     theirs, ours = nn.RNN(nn.OptimizedLSTMCell(H)), linen.LSTM(H)
     variables = theirs.init(jax.random.key(0), x)
 
@@ -120,7 +120,7 @@ def test_gradients_equal_those_of_flax_rnn(name):
 
 @pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.LSTMCell])
 def test_cell_inside_flax_rnn_equals_flax_cell(cell):
-    x = inputs(B, T, I)
+    x = inputs(B, T, D)
     theirs = nn.RNN(cell(H), return_carry=True)
     ours = nn.RNN(linen.LSTMCell(H), return_carry=True)
     variables = theirs.init(jax.random.key(0), x)
@@ -131,20 +131,20 @@ def test_cell_inside_flax_rnn_equals_flax_cell(cell):
 def test_cell_returns_the_container_and_dtypes_of_its_carry():
     """A `lax.scan` written by hand over a plain pair goes on working."""
     cell = linen.LSTMCell(H, dtype=jnp.bfloat16)
-    x = inputs(B, T, I)
+    x = inputs(B, T, D)
     carry = (jnp.zeros((B, H)), jnp.zeros((B, H)))
     variables = cell.init(jax.random.key(0), carry, x[:, 0])
     (c, h), y = cell.apply(variables, carry, x[:, 0])
     new, _ = cell.apply(variables, carry, x[:, 0])
     assert type(new) is tuple
     assert (c.dtype, h.dtype, y.dtype) == (jnp.float32, jnp.float32, jnp.bfloat16)
-    state = cell.initialize_carry(jax.random.key(0), (B, I))
+    state = cell.initialize_carry(jax.random.key(0), (B, D))
     assert isinstance(state, LSTMState)
     assert (state.c.dtype, state.h.dtype) == (jnp.float32, jnp.bfloat16)
 
 
 def test_works_in_flax_bidirectional():
-    x = inputs(B, T, I)
+    x = inputs(B, T, D)
 
     def both(layer):
         return nn.Bidirectional(layer(), layer(), return_carry=True)
@@ -164,11 +164,11 @@ def test_works_in_flax_bidirectional():
 
 
 def test_padding_and_length_zero_are_as_documented():
-    x = inputs(B, T, I)
+    x = inputs(B, T, D)
     x[0], x[1, 3:] = np.nan, np.inf
     lengths, start = jnp.array([0, 3, 5]), LSTMState(jnp.ones((B, H)), jnp.ones((B, H)))
     layer = linen.LSTM(H, return_carry=True)
-    variables = layer.init(jax.random.key(0), inputs(B, T, I))
+    variables = layer.init(jax.random.key(0), inputs(B, T, D))
 
     def run(variables):
         return layer.apply(variables, x, seq_lengths=lengths, initial_carry=start)
@@ -184,7 +184,7 @@ def test_padding_and_length_zero_are_as_documented():
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=["none", "one", "two"])
 @pytest.mark.parametrize("time_major", [False, True])
 def test_any_batch_axes_equal_numpy(batch, time_major):
-    x, resets = inputs(T, *batch, I), inputs(T, *batch, seed=3) > 0.8
+    x, resets = inputs(T, *batch, D), inputs(T, *batch, seed=3) > 0.8
     lengths = np.full(batch, 3)
     layer = linen.LSTM(H, return_carry=True, time_major=time_major)
 
@@ -203,7 +203,7 @@ def test_any_batch_axes_equal_numpy(batch, time_major):
 
 
 def test_bfloat16_computes_in_bfloat16_and_carries_c_in_float32():
-    x = inputs(B, T, I)
+    x = inputs(B, T, D)
     layer = linen.LSTM(H, dtype=jnp.bfloat16, return_carry=True)
     variables = layer.init(jax.random.key(0), x)
     carry, outputs = layer.apply(variables, x)
@@ -220,7 +220,7 @@ def test_bfloat16_computes_in_bfloat16_and_carries_c_in_float32():
 def test_half_precision_parameters_can_be_drawn(param_dtype):
     """LAPACK has no 16-bit types: the orthogonal matrices are drawn in float32."""
     layer = linen.LSTM(H, param_dtype=param_dtype)
-    cell = layer.init(jax.random.key(0), inputs(B, T, I))["params"]["cell"]
+    cell = layer.init(jax.random.key(0), inputs(B, T, D))["params"]["cell"]
     recurrent = np.asarray(cell["hi"]["kernel"], np.float64)
     assert cell["hi"]["kernel"].dtype == param_dtype
     # Each entry is rounded once, to 8 bits at the least.
@@ -230,7 +230,7 @@ def test_half_precision_parameters_can_be_drawn(param_dtype):
 
 
 def test_other_activations_equal_flax_and_refuse_kernels():
-    x = inputs(B, T, I)
+    x = inputs(B, T, D)
     functions = {"gate_fn": jax.nn.hard_sigmoid, "activation_fn": jax.nn.relu}
     theirs = nn.RNN(nn.OptimizedLSTMCell(H, **functions))
     variables = theirs.init(jax.random.key(0), x)
@@ -241,7 +241,7 @@ def test_other_activations_equal_flax_and_refuse_kernels():
 
 
 def test_random_initial_carry_comes_from_init_key():
-    x = inputs(B, T, I)
+    x = inputs(B, T, D)
     init = nn.initializers.normal(1.0)
     theirs = nn.RNN(nn.OptimizedLSTMCell(H, carry_init=init), return_carry=True)
     ours = linen.LSTM(H, carry_init=init, return_carry=True)
@@ -258,16 +258,16 @@ def test_partitioned_initialisers_keep_their_names():
         kernel_init=nn.with_partitioning(lecun, (None, "model")),
         bias_init=nn.with_partitioning(nn.initializers.zeros, ("model",)),
     )
-    variables = layer.init(jax.random.key(0), inputs(B, T, I))
+    variables = layer.init(jax.random.key(0), inputs(B, T, D))
     spec = nn.get_partition_spec(variables)["params"]["cell"]
     assert tuple(spec["ii"]["kernel"]) == (None, "model")
     assert tuple(spec["hf"]["bias"]) == ("model",)
-    assert layer.apply(variables, inputs(B, T, I)).shape == (B, T, H)
+    assert layer.apply(variables, inputs(B, T, D)).shape == (B, T, H)
 
 
 def test_inputs_without_time_are_refused():
     with pytest.raises(ValueError, match=r"inputs must be \[\*batch, time, features\]"):
-        linen.LSTM(H).init(jax.random.key(0), inputs(I))
+        linen.LSTM(H).init(jax.random.key(0), inputs(D))
 
 
 def numpy_stack(params, x, *, bidirectional=False, residual=False, lengths=None):
@@ -300,7 +300,7 @@ def numpy_stack(params, x, *, bidirectional=False, residual=False, lengths=None)
     ids=["plain", "bidirectional", "residual"],
 )
 def test_stack_equals_numpy_layer_by_layer(options):
-    x, lengths = inputs(B, T, I), np.array([5, 0, 2])
+    x, lengths = inputs(B, T, D), np.array([5, 0, 2])
     stack = linen.StackedLSTM((6, 6, 3), **options)
     variables = stack.init(jax.random.key(0), x)
     got = stack.apply(variables, x, seq_lengths=lengths)
@@ -314,7 +314,7 @@ def test_stack_equals_numpy_layer_by_layer(options):
 
 
 def test_stack_in_pieces_gives_the_whole():
-    x = inputs(B, T, I)
+    x = inputs(B, T, D)
     stack = linen.StackedLSTM((6, 3), return_carry=True)
     variables = stack.init(jax.random.key(0), x)
     carry, want = stack.apply(variables, x)
@@ -328,7 +328,7 @@ def test_stack_in_pieces_gives_the_whole():
 
 
 def test_stack_reversed_equals_the_flipped_stack():
-    x = inputs(B, T, I)
+    x = inputs(B, T, D)
     stack = linen.StackedLSTM((6, 3))
     variables = stack.init(jax.random.key(0), x)
     want = stack.apply(variables, x[:, ::-1])
@@ -339,7 +339,7 @@ def test_stack_reversed_equals_the_flipped_stack():
 
 
 def test_stack_dropout_needs_asking_for_and_draws_from_the_dropout_rng():
-    x = inputs(B, 50, I)
+    x = inputs(B, 50, D)
     stack = linen.StackedLSTM((6, 40), dropout=0.25)
     variables = stack.init(jax.random.key(0), x)
     off = stack.apply(variables, x)

@@ -132,6 +132,7 @@ class SentimentClassifier(nn.Module):
             time_major=True,
             return_carry=True,
         )
+        lengths = None if lengths is None else jnp.asarray(lengths)
         pooled = pool(outputs, lengths, pooling=self.pooling, per_step=per_step)
         scores = self.readout(pooled)[..., 0]
         scores = scores.T if per_step else scores
@@ -174,8 +175,8 @@ def classifier_functions(
 
     def apply(
         params: Mapping[str, Any],
-        tokens: Array,
-        lengths: Array | None,
+        tokens: Any,
+        lengths: Any,
         state: Any = None,
         key: Array | None = None,
         *,

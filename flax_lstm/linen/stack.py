@@ -150,7 +150,10 @@ class StackedLSTM(nn.Module):
             kernel, recurrent = weight_initializers(
                 self.initializer, input_size, hidden
             )
-            inits: dict[str, Any] = {"kernel_init": kernel, "recurrent_kernel_init": recurrent}
+            inits: dict[str, Any] = {
+                "kernel_init": kernel,
+                "recurrent_kernel_init": recurrent,
+            }
             options = inits | dict(self.options or {})
             name = f"layer_{number}"
             if self.bidirectional:

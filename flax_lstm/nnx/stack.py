@@ -129,7 +129,10 @@ class StackedLSTM(nnx.Module):
         layer = BidirectionalLSTM if bidirectional else LSTM
         for number, hidden in enumerate(self.features):
             kernel, recurrent = weight_initializers(initializer, in_features, hidden)
-            inits: dict[str, Any] = {"kernel_init": kernel, "recurrent_kernel_init": recurrent}
+            inits: dict[str, Any] = {
+                "kernel_init": kernel,
+                "recurrent_kernel_init": recurrent,
+            }
             built = layer(in_features, hidden, rngs=rngs, **(inits | options))
             setattr(self, f"layer_{number}", built)
             in_features = 2 * hidden if bidirectional else hidden
