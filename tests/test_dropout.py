@@ -79,3 +79,9 @@ def test_bad_rates_and_keys_are_refused():
     keys = jax.random.split(jax.random.key(0), 2)
     with pytest.raises(ValueError, match=r"shape \(3,\); got keys of shape \(2,\)"):
         keep_mask(keys, (1, 3, 4), 0.5)
+
+
+def test_derived_keys_differ_by_number_and_by_row():
+    keys = jax.random.split(jax.random.key(0), 2)
+    drawn = [jax.random.key_data(fold_in(keys, n)) for n in (0, 1)]
+    assert len(np.unique(np.concatenate(drawn), axis=0)) == 4
