@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import itertools
 import json
 import logging
@@ -20,7 +21,9 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Annotated, Literal
@@ -40,9 +43,9 @@ FAILED, USAGE, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 130, 141, 143
 CHUNK = 1024
 """Texts predicted at a time, so that a stream of any length fits in memory."""
 DEMO_TEXTS = (
-    "the acting was not at all bad , it was charming",
-    "i wanted to love the film , but i have to regret it",
-    "although the plot was silly , i found the music wonderful",
+    "the acting was not at all bad , it was charming .",
+    "i wanted to love the film , but i have to regret it .",
+    "although the plot was silly , i found the music wonderful .",
 )
 """Shown after a demo run. In each, the order of the words decides."""
 
@@ -127,17 +130,28 @@ class Predict:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Shows the running score of each text, word by word, in colour."""
+    """Shows how the score of a text moves, word by word, in colour."""
 
     run: RunFolder
     """Run folder."""
-    texts: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT [...]")]
-    """Texts to trace."""
+    texts: Texts = ()
+    """Texts to trace. None: read the standard input, one text on each line."""
     debug: Flag = False
     """Show where an error came from."""
 
 
 Command = Train | Evaluate | Predict | Trace
+
+
+class Screen(Console):
+    """A console without rich's own ideas: no highlighting, wrapping or exit codes."""
+
+    def __init__(self, *, stderr: bool = False):
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        """Leaves the error to `main`."""
+        raise  # rich calls this while it handles the BrokenPipeError
 
 
 class Terminated(BaseException):
@@ -148,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows little
+            stream.reconfigure(errors="backslashreplace")
     try:
         command = parse(argv)
         if command is not None:
@@ -167,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated:
         _say("terminated.")
         return TERMINATED
-    except (ArithmeticError, OSError, RuntimeError, NotImplementedError) as error:
+    except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
         return _failed(error, FAILED, debug)
     return 0
 
@@ -210,9 +227,9 @@ def parse(argv: Sequence[str]) -> Command | None:
             tyro.conf.OmitArgPrefixes,
         ],
         prog="flax-lstm",
-        description="A sentiment classifier built on the LSTM for JAX. Start with "
-        "`flax-lstm train`; `flax-lstm COMMAND --help` tells the rest, and "
-        "`flax-lstm --version` the version.",
+        description="A sentiment classifier on the LSTM for JAX: `flax-lstm train` "
+        "starts.\n\n`flax-lstm COMMAND --help` tells the rest, `--version` the "
+        "version.",
         args=argv,
     )
 
@@ -250,8 +267,8 @@ def train(command: Train) -> None:
         raise UserError(
             "--resume needs --out with the folder of the run that it continues."
         )
-    out = Console(highlight=False, soft_wrap=True)
-    err = Console(stderr=True, highlight=False, soft_wrap=True)
+    out = Screen()
+    err = Screen(stderr=True)
     live = report.LiveProgress(out if out.is_terminal else err)
     follow = Follower(out, live, command.quiet)
     shown = contextlib.nullcontext() if command.quiet else live
@@ -276,8 +293,8 @@ def train(command: Train) -> None:
     folder = shlex.quote(str(shown_folder))
     out.print(
         f"\nThe run is in {shown_folder}. Try:\n"
-        f"  {name} predict {folder} 'not at all bad , a lovely film'\n"
-        f"  {name} trace {folder} 'i expected to hate it , but i love it'\n"
+        f"  {name} predict {folder} 'the film was not at all bad , it was lovely .'\n"
+        f"  {name} trace {folder} 'i feared the plot would be dull , it was funny .'\n"
         f"  {name} evaluate {folder}\n"
         f"or train on texts of your own, in columns named text and label:\n"
         f"  {name} train --data FILE.csv",
@@ -311,8 +328,8 @@ def predict(command: Predict) -> None:
     if command.texts and command.file is not None:
         raise UserError("give texts or --file, not both.")
     run = _load(command.run)
-    console = Console(highlight=False, soft_wrap=True)
-    for texts in chunks(texts_of(command), CHUNK):
+    console = Screen()
+    for texts in chunks(texts_of(command.texts, command.file), CHUNK):
         for prediction in run.predict(texts):
             if command.format == "jsonl":
                 print(json_line(prediction))
@@ -326,12 +343,11 @@ def predict(command: Predict) -> None:
 
 def trace(command: Trace) -> None:
     """Shows running scores."""
-    texts = [argument_text(text) for text in command.texts]
     run = _load(command.run)
-    show_traces(Console(highlight=False, soft_wrap=True), run, texts)
+    show_traces(Screen(), run, texts_of(command.texts, None))
 
 
-def show_traces(console: Console, run: "Run", texts: Sequence[str]) -> None:
+def show_traces(console: Console, run: "Run", texts: Iterable[str]) -> None:
     """Prints the running score of each text."""
     for text in texts:
         console.print()
@@ -390,17 +406,17 @@ def terminating(follow: Follower) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def texts_of(command: Predict) -> Iterator[str]:
-    """Yields the texts that `predict` was given, from wherever they come."""
-    if command.texts:
-        yield from map(argument_text, command.texts)
-    elif command.file is not None:
+def texts_of(given: Sequence[str], path: Path | None) -> Iterator[str]:
+    """Yields the texts given, or those of the file, or of the standard input."""
+    if given:
+        yield from map(argument_text, given)
+    elif path is not None:
         try:
-            with open(command.file, "rb") as file:
-                yield from lines(file, str(command.file))
+            with open(path, "rb") as file:
+                yield from lines(file, str(path))
         except OSError as error:
             raise UserError(
-                f"cannot read {command.file}: {error.strerror}; expected a file of "
+                f"cannot read {path}: {error.strerror}; expected a file of "
                 "texts, one on each line."
             ) from error
     else:
@@ -447,7 +463,7 @@ def json_line(prediction: "Prediction") -> str:
             "tokens": len(prediction.tokens),
             "unknown": prediction.unknown,
         },
-        ensure_ascii=False,
+        ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8"),
         allow_nan=False,
     )
 
@@ -494,6 +510,7 @@ def quieten_libraries(debug: bool) -> None:
     if not debug:
         for name in ("absl", "orbax", "jax", "datasets", "httpx"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
 
 
 def _load(folder: Path) -> "Run":
@@ -509,6 +526,6 @@ def _say(message: str) -> None:
 def _failed(error: Exception, code: int, debug: bool) -> int:
     """Prints an error as one message and returns the exit code."""
     if debug:
-        raise error
+        traceback.print_exception(error)
     _say(f"{error or type(error).__name__}")
     return code

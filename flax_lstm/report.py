@@ -109,26 +109,27 @@ def trace_text(
     if not steps:
         return text.append("(no words)")
     words, scores, column = Text(), Text(), 0
+
+    def end_row() -> None:
+        for line in (words, scores):
+            line.rstrip()
+            text.append(line).append("\n")
+
     for token, score in steps:
         word = visible(token)
         if cell_len(word) > LONGEST_WORD:
             word = set_cell_size(word, LONGEST_WORD - 1) + "…"
-        cells = max(cell_len(word), 4)
-        if column and column + 2 + cells > width:
-            text.append(words).append("\n").append(scores).append("\n\n")
+        cells = max(cell_len(word), 4) + 2
+        if column and column + cells - 2 > width:
+            end_row()
+            text.append("\n")
             words, scores, column = Text(), Text(), 0
-        if column:
-            words.append("  ")
-            scores.append("  ")
-            column += 2
-        words.append(word, score_style(score))
-        words.append(" " * (cells - cell_len(word)))
+        words.append(word, score_style(score)).append(" " * (cells - cell_len(word)))
         scores.append(f"{score:.2f}".ljust(cells), "dim")
         column += cells
-    for line in (words, scores):
-        line.rstrip()
+    end_row()
     last = steps[-1][1]
-    text.append(words).append("\n").append(scores).append("\n= ")
+    text.append("= ")
     text.append(f"{label_of(last, label_names)} {last:.2f}", score_style(last))
     return text
 
@@ -176,11 +177,7 @@ def metrics_lines(metrics: Mapping[str, float]) -> list[str]:
     """
     return [
         f"{name.replace('_', ' '):<16} "
-        + (
-            f"{value:,.0f}"
-            if float(value).is_integer() and value > 1
-            else f"{value:.4f}"
-        )
+        + (f"{value:.4f}" if name in ("loss", "accuracy") else f"{value:,.0f}")
         for name, value in metrics.items()
     ]
 
@@ -230,7 +227,7 @@ class LiveProgress:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._task: TaskID = self.progress.add_task("", total=None, numbers="")
+        self._task: TaskID = self.progress.add_task("Reading", total=None, numbers="")
         self._recent: collections.deque[tuple[float, int, int]] = collections.deque()
 
     def __enter__(self) -> Self:
