@@ -11,6 +11,7 @@ import pytest
 
 from flax_lstm import convert, lstm_cell
 from flax_lstm.cell import LSTMParams, LSTMState
+from flax_lstm.convert.layout import PeepholeParams, ProjectedParams
 
 D, H, B = 3, 4, 2
 
@@ -122,6 +123,27 @@ def test_linen_nnx_and_equinox_round_trips():
     assert_same(convert.from_nnx(convert.to_nnx(params)), params)
     assert_same(convert.from_nnx(convert.to_nnx(params, cell="plain")), params)
     assert_same(convert.from_equinox(convert.to_equinox(params)), params)
+
+
+def test_projections_and_peepholes_round_trip():
+    """Torch's `proj_size` with two layers, ONNX's `P` with two directions."""
+    projected = []
+    for seed, width in enumerate((D, 2)):
+        plain = draw_layer(seed, width)._replace(
+            recurrent_kernel=jnp.asarray(draw(seed, 2, 4 * H))
+        )
+        matrix = jnp.asarray(draw(seed + 5, H, 2))
+        projected.append((ProjectedParams(*plain, projection=matrix),))
+    got = convert.from_torch(convert.to_torch(projected))
+    assert_same(got, tuple(projected))
+    layer = tuple(
+        PeepholeParams(*draw_layer(n), peephole=jnp.asarray(draw(n + 7, 3, H)))
+        for n in range(2)
+    )
+    values = convert.to_onnx(layer)
+    i, f, o = layer[1].peephole
+    np.testing.assert_array_equal(values["P"][1], np.concatenate([i, o, f]))
+    assert_same(convert.from_onnx(**values), layer)
 
 
 @pytest.mark.usefixtures("x64")

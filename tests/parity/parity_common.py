@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_lstm import LSTMState, convert, lstm
+from flax_lstm import LSTMState, convert, lstm, scan_cell
 from flax_lstm.cell import LSTMParams
 
 FLOAT64 = 1e-12
@@ -130,7 +130,6 @@ def run_stack(
     h: Any = None,
     c: Any = None,
     lengths: Any = None,
-    **options: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs our layers as torch runs its own: time-major, directions concatenated."""
     y = jnp.asarray(x)
@@ -143,15 +142,15 @@ def run_stack(
             state = None
             if h is not None:
                 state = LSTMState(jnp.asarray(c[at]), jnp.asarray(h[at]))
-            final, outputs = lstm(
-                params,
-                y,
-                state,
-                lengths=lengths,
-                reverse=n == 1,
-                keep_order=True,
-                **options,
-            )
+            options = {"lengths": lengths, "reverse": n == 1, "keep_order": True}
+            if isinstance(params, LSTMParams):
+                final, outputs = lstm(params, y, state, **options)
+            else:
+                width, hidden = params.projection.shape[::-1]
+                state = state or LSTMState(
+                    jnp.zeros((y.shape[1], hidden)), jnp.zeros((y.shape[1], width))
+                )
+                final, outputs = scan_cell(projected_cell, params, y, state, **options)
             finals.append(final)
             both.append(outputs)
         y = jnp.concatenate(both, -1)
@@ -187,9 +186,14 @@ def assert_close(got: Any, want: Any, tolerance: float) -> None:
     jax.tree_util.tree_map_with_path(check, got, want)
 
 
-def peephole_cell(params, state, x):
+def split_gates(params: Any, state: LSTMState, x: jax.Array) -> list[jax.Array]:
     z = x @ params.kernel + state.h @ params.recurrent_kernel
-    i, f, g, o = jnp.split(z + params.bias[None], 4, -1)
+    return jnp.split(z + params.bias[None], 4, -1)
+
+
+def peephole_cell(params: Any, state: LSTMState, x: jax.Array) -> Any:
+    """The cell of ONNX's `P`: i and f look at the old c, o at the new one."""
+    i, f, g, o = split_gates(params, state, x)
     p_i, p_f, p_o = (p[None] for p in params.peephole)
     i = jax.nn.sigmoid(i + p_i * state.c)
     f = jax.nn.sigmoid(f + p_f * state.c)
@@ -198,9 +202,9 @@ def peephole_cell(params, state, x):
     return LSTMState(c, h), h
 
 
-def projected_cell(params, state, x):
-    z = x @ params.kernel + state.h @ params.recurrent_kernel
-    i, f, g, o = jnp.split(z + params.bias[None], 4, -1)
+def projected_cell(params: Any, state: LSTMState, x: jax.Array) -> Any:
+    """The cell of torch's `proj_size`: the output is projected before it is used."""
+    i, f, g, o = split_gates(params, state, x)
     c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
     h = (jax.nn.sigmoid(o) * jnp.tanh(c)) @ params.projection
     return LSTMState(c, h), h

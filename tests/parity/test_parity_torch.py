@@ -102,6 +102,27 @@ def test_weights_of_a_torch_module_read_back_and_forth():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("seed", range(4))
+def test_projections_equal_torch(seed):
+    """`proj_size`: outputs, states and gradients, and the way there and back."""
+    case = Case.draw(seed, hidden=5, lengths=True)
+    module = torch.nn.LSTM(
+        case.input_size,
+        5,
+        case.layers,
+        bidirectional=case.directions == 2,
+        proj_size=3,
+        dtype=torch.float64,
+    )
+    stack = convert.from_torch(module.state_dict())
+    problem = draw_problem(case, seed, np.float64, width=3)
+    assert_close(ours(stack, problem), theirs(module, problem), FLOAT64)
+    values = {k: torch.tensor(v) for k, v in convert.to_torch(stack).items()}
+    module.load_state_dict(values)
+    assert_close(ours(stack, problem), theirs(module, problem), FLOAT64)
+
+
+@pytest.mark.usefixtures("x64")
 def test_packed_lengths_of_torchs_variable_sequence_test():
     """Two bidirectional layers over lengths 10 10 6 2 2 1 1."""
     case = Case(10, 7, 3, 4, 2, 2, True)
