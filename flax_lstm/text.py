@@ -229,13 +229,16 @@ def fit(
         position = np.arange(len(raw)) - np.repeat(offsets[:-1], np.diff(offsets))
         counted = raw[position < config.max_length]
     counted = counted[counted < len(found)]
-    ids, first, count = np.unique(counted, return_index=True, return_counts=True)
+    count = np.bincount(counted, minlength=len(found))
+    first = np.full(len(found), len(counted))
+    np.minimum.at(first, counted, np.arange(len(counted)))
     order = np.lexsort((first, -count))
+    least = 1 if tutorial else max(1, config.min_count)
+    order = order[count[order] >= least]
     if tutorial:
-        names = [PAD, *(found[i] for i in ids[order]), UNKNOWN]
+        names = [PAD, *(found[i] for i in order), UNKNOWN]
     else:
-        order = order[count[order] >= config.min_count][: config.vocabulary_size]
-        names = [PAD, UNKNOWN, *(found[i] for i in ids[order])]
+        names = [PAD, UNKNOWN, *(found[i] for i in order[: config.vocabulary_size])]
     new = {word: i for i, word in enumerate(names)}
     final = Tokenizer(models.WordLevel(new, unk_token=UNKNOWN))
     _set_pipeline(final, config.pipeline)

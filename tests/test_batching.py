@@ -77,6 +77,12 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert len({tuple(order(*key)) for key in [(1, 2), (2, 1), (1, 3), (2, 2)]}) == 4
     assert order(1, None) == order(2, None)
 
+    def companies(epoch):
+        plan = batch_plan(examples, lengths, CONFIG, seed=1, epoch=epoch)
+        return {frozenset(rows.tolist()) for _, rows in plan}
+
+    assert companies(2) != companies(3)  # rows meet others in another epoch
+
 
 def test_permutation_is_the_same_on_every_version():
     """NumPy promises Philox's stream: these values were written down once."""

@@ -255,7 +255,7 @@ def test_unknown_words_are_shown_as_written_and_counted():
 
 def test_the_tutorial_skips_unknown_words_and_counts_them():
     tokenizer, _, _ = fit(["good film"], replace(TUTORIAL.data, max_length=2))
-    got = tokenizer.analyse(["a good new film good", "nothing known"])
+    got = tokenizer.analyse(["a good new film good zzz", "nothing known"])
     assert got[0].words == ["good", "film"]
     assert got[0].ids.tolist() == [1, 2]
     assert (got[0].unknown, got[0].truncated) == (2, True)
@@ -311,6 +311,13 @@ def test_cutting_a_long_text_early_changes_no_kept_token(config):
     want = [w for w, _ in zip(tokenizer.tokens(text), range(300), strict=False)]
     by_hand = words_by_hand if config.pipeline == "words" else tutorial_words
     assert want == by_hand(text[:20_000])[:300]
+
+
+def test_a_word_through_which_a_text_was_cut_is_not_kept():
+    """40,000 characters are read for 2,500 tokens at first: the 2,500th is cut."""
+    tokenizer, _, _ = fit(["abcdefghijklmno"], replace(WORDS, max_length=2500))
+    [ids] = tokenizer.encode(["  " + "abcdefghijklmno " * 5000])
+    assert ids.tolist() == [2] * 2500
 
 
 def test_lone_surrogates_become_question_marks():
