@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 PACKAGES = (
     "flax-lstm",
@@ -36,7 +37,7 @@ def describe(devices: tuple[jax.Device, ...]) -> dict[str, Any]:
         "devices": [f"{device.platform} {device.device_kind}" for device in devices],
         "packages": {name: installed(name) for name in PACKAGES},
         "commit": commit(),
-        "x64": bool(jax.config.read("jax_enable_x64")),
+        "x64": bool(jax.config.jax_enable_x64),
     }
 
 
@@ -73,8 +74,6 @@ def commit() -> str | None:
 def use_compilation_cache(folder: str | Path | None = None) -> Path:
     """Keeps compiled programs on disk, so that a second run starts sooner.
 
-    Call it before the first computation of the process.
-
     Args:
       folder: Where to keep them. When None: what `JAX_COMPILATION_CACHE_DIR` says,
         else `flax-lstm/xla` in the user's cache folder.
@@ -82,13 +81,15 @@ def use_compilation_cache(folder: str | Path | None = None) -> Path:
     Returns:
       The folder in use.
     """
-    chosen = jax.config.read("jax_compilation_cache_dir")
+    chosen = jax.config.jax_compilation_cache_dir
     if folder is not None:
         chosen = folder
     elif not chosen:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         chosen = Path(home) / "flax-lstm" / "xla"
     jax.config.update("jax_compilation_cache_dir", str(chosen))
+    # JAX looks for the folder once, when it first compiles; make it look again.
+    compilation_cache.reset_cache()
     # What compiles in less than this is not worth a file.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return Path(chosen)

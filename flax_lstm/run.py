@@ -23,12 +23,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from flax_lstm import data, environment
 from flax_lstm import folder as files
 from flax_lstm.batching import assemble
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config, DataConfig, ModelConfig, UserError
+from flax_lstm.environment import use_compilation_cache
 from flax_lstm.epochs import Progress, Trainer
 from flax_lstm.events import EpochDone, Event, Finished, RunStarted, StepDone
 from flax_lstm.train import (
@@ -49,6 +51,7 @@ __all__ = [
     "RunStarted",
     "StepDone",
     "train",
+    "use_compilation_cache",
 ]
 
 
@@ -332,12 +335,7 @@ def _train(
             progress = Progress(**meta["progress"])
         else:
             corpus.tokenizer.save(folder / files.TOKENIZER)
-            state = init_train_state(
-                init,
-                optimizer,
-                jax.random.key(config.training.seed),
-                carry=initial_carry(config),
-            )
+            state = initial_state(config, init, jax.random.key(config.training.seed))
         files.write_json(
             folder / files.ENVIRONMENT, environment.describe(program.devices)
         )
@@ -427,14 +425,20 @@ def initial_carry(config: Config) -> Any:
     return library.initial_state(config.model, config.data.batch_size)
 
 
+def initial_state(
+    config: Config, init: Callable[..., Any], key: PRNGKeyArray
+) -> TrainState:
+    """Returns the training state before the first step, drawn in one program."""
+    optimizer = make_optimizer(config.training, 1)  # its state knows no total
+    return jax.jit(
+        lambda key: init_train_state(init, optimizer, key, carry=initial_carry(config))
+    )(key)
+
+
 def state_template(config: Config, init: Callable[..., Any]) -> TrainState:
     """Returns shapes and dtypes of the training state; computes nothing."""
-    optimizer = make_optimizer(config.training, 1)
-    return jax.eval_shape(
-        lambda: init_train_state(
-            init, optimizer, jax.random.key(0), carry=initial_carry(config)
-        )
-    )
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.eval_shape(lambda key: initial_state(config, init, key), key)
 
 
 def restore(
@@ -537,7 +541,7 @@ def check_settings(config: Config) -> None:
         for name, value in values.items():
             if not fits(value):
                 raise UserError(f"setting {name} must be {words}; got {value!r}.")
-    if model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+    if model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise UserError(
             "setting model.dtype = 'float64' needs JAX's 64-bit types; set "
             "JAX_ENABLE_X64=1 in the environment."
