@@ -7,14 +7,23 @@ from flax_lstm.cell import (
     lstm_cell,
     zero_state,
 )
-from flax_lstm.sequence import lstm, scan_cell
+from flax_lstm.sequence import (
+    Internals,
+    explain,
+    lstm,
+    lstm_internals,
+    scan_cell,
+)
 
 __all__ = [
+    "Internals",
     "LSTMParams",
     "LSTMState",
+    "explain",
     "init_lstm_params",
     "lstm",
     "lstm_cell",
+    "lstm_internals",
     "scan_cell",
     "zero_state",
 ]

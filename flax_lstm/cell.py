@@ -158,24 +158,34 @@ def project(x: Float[Array, "*B D"], kernel: Float[Array, "D G"]) -> Array:
     )
 
 
+def preactivate(params: Any, h: Array, x: Array) -> Float[Array, "*B G"]:
+    """Returns `x W + h R + b`, in float32 at least.
+
+    Args:
+      params: Anything with `kernel`, `recurrent_kernel` and `bias`; cast to x's dtype,
+        which is the computation dtype. The cast is made here, inside any loop, so that
+        the gradient of the weights is summed over time in the dtype of the weights.
+      h: The previous output `[*B, H]`.
+      x: Input `[*B, I]`.
+    """
+    z = project(x, params.kernel) + project(h.astype(x.dtype), params.recurrent_kernel)
+    return z + jnp.broadcast_to(params.bias.astype(z.dtype), z.shape)
+
+
 def lstm_cell(
     params: LSTMParams, state: LSTMState, x: Float[Array, "*B I"]
 ) -> tuple[LSTMState, Float[Array, "*B H"]]:
     """Advances the LSTM by one step; results in Flax's order.
 
     Args:
-      params: Weights; cast to x's dtype, which is the computation dtype. The cast is
-        made here, inside any loop, so that the gradient of the weights is summed over
-        time in the dtype of the weights.
+      params: Weights.
       state: The state before the step.
       x: Input `[*B, I]`.
 
     Returns:
       `(new_state, y)` where y `[*B, H]` is `new_state.h`, in x's dtype.
     """
-    h = state.h.astype(x.dtype)
-    z = project(x, params.kernel) + project(h, params.recurrent_kernel)
-    z = z + jnp.broadcast_to(params.bias.astype(z.dtype), z.shape)
+    z = preactivate(params, state.h, x)
     new = advance(z, state.c.astype(z.dtype))
     h = new.h.astype(x.dtype)
     return LSTMState(new.c, h), h

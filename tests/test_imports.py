@@ -14,20 +14,27 @@ ROOT = Path(__file__).parents[1]
 # A node is a file or a folder directly under flax_lstm/; the kernels and the
 # experiments are one node each. Every file stands here, with the nodes that it may
 # import: a new arrow is a decision, so it is written down.
-CORE = "cell loop derivative sequence variants dropout"
+CORE = (
+    "cell loop checks choice derivative sequence bidirectional variants dropout "
+    "regularize"
+)
 MODULES = f"{CORE} config pooling embedding initializers layers nnx linen"
 WORK = "data batching optim parallel train checkpoint"
 ARROWS = {
-    "__init__": f"{CORE} explain",
+    "__init__": CORE,
     "cell": "",
     "config": "",
     "pooling": "",
     "demo_corpus": "",
     "dropout": "cell",
     "variants": "cell",
-    "loop": "cell",
+    "loop": "",
+    "checks": "cell loop",
+    "choice": "kernels",
     "derivative": "cell loop",
-    "sequence": "cell loop derivative dropout variants kernels",
+    "sequence": "cell loop checks choice derivative kernels",
+    "bidirectional": "cell choice loop sequence",
+    "regularize": "cell dropout sequence",
     "convert": "cell variants",
     "initializers": "cell",
     "layers": f"{CORE} config initializers",
