@@ -8,7 +8,7 @@ Dropout  Row r of step s draws from `fold_in(fold_in(key, s), r)`, r counted ove
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -319,7 +319,9 @@ def evaluate(
     }
 
 
-def check_finite(metrics: Metrics, step: int, last_checkpoint: int | None) -> None:
+def check_finite(
+    metrics: Mapping[str, Any], step: int, last_checkpoint: int | None
+) -> None:
     """Raises where a step met a number that is not finite.
 
     Args:
@@ -338,7 +340,8 @@ def check_finite(metrics: Metrics, step: int, last_checkpoint: int | None) -> No
         else f"the last good checkpoint is that of step {last_checkpoint}"
     )
     raise NonFiniteLossError(
-        f"step {step} gave loss {float(metrics['loss'])} and gradient norm "
+        f"step {step}, with learning rate {float(metrics['learning_rate']):.3g}, gave "
+        f"loss {float(metrics['loss'])} and gradient norm "
         f"{float(metrics['grad_norm'])}; both must be finite. Its update was not "
         f"applied; {saved}. Try a lower learning_rate, or clip_norm."
     )
