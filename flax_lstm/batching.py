@@ -29,7 +29,13 @@ ROUND = 4
 CANDIDATES = 512
 """Lengths tried as bucket lengths at the most; longer texts are rounded more."""
 NEAR_BEST = 1.02
-"""The fewest buckets within this factor of the least padding: each costs a compile."""
+"""The fewest buckets within this factor of the least cost are taken."""
+COMPILE_STEPS = 20_000
+"""Token steps an epoch may compute for nothing rather than compile one more length.
+
+Compiling training and evaluation takes some seconds of a CPU core; a small corpus has
+few epochs' worth of padding to win back in that time.
+"""
 
 
 class Batch(NamedTuple):
@@ -110,14 +116,18 @@ def permutation(size: int, *keys: int) -> Int64[np.ndarray, "size"]:
 
 
 def padded_lengths(examples: Examples, config: DataConfig) -> tuple[int, ...]:
-    """Returns the bucket lengths, rising, that compute the least padding.
+    """Returns the bucket lengths, rising, that cost the least.
 
-    Counts whole batches, filler rows included, and takes the fewest lengths that are
-    within 2 % of the best, `config.buckets` at the most.
+    The cost of an epoch is the steps computed, in whole batches with their filler
+    rows, and `COMPILE_STEPS` for each length. Takes the fewest lengths that are within
+    2 % of the best, `config.buckets` at the most.
 
-    >>> rows = [np.ones(n) for n in [3, 4, 4, 4, 39, 40, 38, 37]]
-    >>> padded_lengths(Examples.from_rows(rows, [0.0] * 8), DataConfig(batch_size=4))
+    >>> rows = [np.ones(n) for n in [4, 40] * 1000]
+    >>> examples = Examples.from_rows(rows, [0.0] * 2000)
+    >>> padded_lengths(examples, DataConfig(batch_size=10))
     (4, 40)
+    >>> padded_lengths(examples, DataConfig(batch_size=10, buckets=1))
+    (40,)
     """
     if config.pipeline == "tutorial" or not len(examples):
         return (config.max_length,)
@@ -137,7 +147,7 @@ def padded_lengths(examples: Examples, config: DataConfig) -> tuple[int, ...]:
         total = best[-1][:, None] + cost
         choice.append(np.argmin(total, axis=0))
         best.append(np.min(total, axis=0))
-    totals = np.array([row[-1] for row in best])
+    totals = np.array([row[-1] + n * COMPILE_STEPS for n, row in enumerate(best)])
     count = int(np.argmax(totals <= NEAR_BEST * totals.min()))
     end, ends = len(candidates), []
     for table in [*reversed(choice[:count]), None]:

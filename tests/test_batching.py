@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from flax_lstm import batching
 from flax_lstm.batching import (
     Examples,
     batch_count,
@@ -21,6 +22,12 @@ from flax_lstm.batching import (
 from flax_lstm.config import DataConfig, UserError
 
 CONFIG = DataConfig(batch_size=8, buckets=4, max_length=50)
+
+
+@pytest.fixture(autouse=True)
+def free_compiling(monkeypatch):
+    """So that the few rows of these tests have several bucket lengths."""
+    monkeypatch.setattr(batching, "COMPILE_STEPS", 0)
 
 
 def make_examples(rows=203, longest=40, seed=0):
@@ -129,6 +136,18 @@ def test_bucket_lengths_compute_the_least_padding(seed):
     )
     least = brute_force(examples.lengths.tolist(), CONFIG)
     assert least <= steps <= 1.02 * least
+
+
+@pytest.mark.parametrize(("rows", "lengths"), [(1000, (40,)), (1200, (4, 40))])
+def test_a_length_is_compiled_where_it_saves_more_than_it_costs(
+    monkeypatch, rows, lengths
+):
+    """A second one saves half the rows 36 steps and costs 20,000: from 1112 rows on."""
+    monkeypatch.setattr(batching, "COMPILE_STEPS", 20_000)
+    texts = [np.ones(n, np.int32) for n in [4, 40] * (rows // 2)]
+    examples = Examples.from_rows(texts, np.zeros(rows))
+    config = replace(CONFIG, batch_size=10, buckets=8)
+    assert padded_lengths(examples, config) == lengths
 
 
 def test_rows_longer_than_any_in_training_get_one_more_shape():
