@@ -3,10 +3,11 @@
 Nobody wrote these sentences and nobody was asked about them; they exist to show, in
 seconds and without a download, what an LSTM can learn and a bag of words cannot.
 
-A `plain` sentence holds words of one sentiment only. Every other kind holds one
-positive and one negative word, and comes with a counterpart of the other label that
-holds the same two: mostly the very same words in another order. Counting words
-therefore says next to nothing about them: their order decides.
+A `plain` sentence holds words of one sentiment only, a `bare negation` one such word
+after "not". Every other kind holds one positive and one negative word, and comes with
+a counterpart of the other label that holds the same two: mostly the very same words in
+another order. Counting words therefore says next to nothing about them: their order
+decides.
 """
 
 import random
@@ -56,11 +57,12 @@ LIKE = ("love", "enjoy", "like", "admire", "praise", "recommend")
 DISLIKE = ("hate", "regret", "dislike", "despise", "condemn", "skip")
 OPENERS = ("", "", "honestly , ", "to be fair , ", "well , ", "for me , ")
 CLOSERS = ("", "", " for once", " this time", " in my opinion", " all the same")
+ENDS = (" .", " !", "")
 
 # {p} and {n}: a positive and a negative adjective; {l} and {d}: a verb of liking and
 # one of disliking; {a} and {b}: two subjects. Label 1 is positive. The counterpart of
-# an ordered form swaps {p} with {n} and {l} with {d}; that of a crossed form is the
-# other form of its pair.
+# a bare or an ordered form swaps {p} with {n} and {l} with {d}; that of a plain or a
+# crossed form is the other form of its pair.
 PLAIN = (
     ("{a} was {p}", 1),
     ("{a} was {p} and {b} was really lovely", 1),
@@ -70,6 +72,13 @@ PLAIN = (
     ("{a} was {n} and {b} was really dreadful", 0),
     ("i had to {d} it , {a} was so {n}", 0),
     ("{n} from start to end , {a} made me {d} every minute", 0),
+)
+BARE = (
+    ("{a} was not {n}", 1),
+    ("{a} was not {n} at all", 1),
+    ("{a} was not at all {n}", 1),
+    ("not at all {n}", 1),
+    ("i did not {d} {a}", 1),
 )
 ORDERED = {
     "negation": (
@@ -107,7 +116,7 @@ CROSSED = (
     ("{a} was {n} , and yet i had to {l} it", 1),
     ("{a} was {p} , and yet i had to {d} it", 0),
 )
-KINDS = ("plain", *ORDERED, "crossed")
+KINDS = ("plain", "bare negation", *ORDERED, "crossed")
 
 
 class Sentence(NamedTuple):
@@ -116,7 +125,8 @@ class Sentence(NamedTuple):
     Attributes:
       text: The words, in lower case, with spaces around punctuation.
       label: 1 positive, 0 negative.
-      kind: One of `KINDS`; but for "plain", the order of the words decides.
+      kind: One of `KINDS`; but for "plain" and "bare negation", the order of the words
+        decides.
     """
 
     text: str
@@ -156,11 +166,11 @@ def _pair(kind: str, rng: random.Random) -> tuple[Sentence, Sentence]:
     b = _pick([subject for subject in SUBJECTS if subject != a], rng)
     good, bad = _pick(POSITIVE, rng), _pick(NEGATIVE, rng)
     like, dislike = _pick(LIKE, rng), _pick(DISLIKE, rng)
-    frame = _pick(OPENERS, rng) + "{}" + _pick(CLOSERS, rng) + _pick((" .", " !"), rng)
+    frame = _pick(OPENERS, rng) + "{}" + _pick(CLOSERS, rng) + _pick(ENDS, rng)
     words = {"a": a, "b": b, "p": good, "n": bad, "l": like, "d": dislike}
     other = words
-    if kind in ORDERED:
-        first, label = _pick(ORDERED[kind], rng)
+    if kind in ORDERED or kind == "bare negation":
+        first, label = _pick(ORDERED.get(kind, BARE), rng)
         second = first
         other = words | {"p": bad, "n": good, "l": dislike, "d": like}
     else:
