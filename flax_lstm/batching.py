@@ -14,7 +14,7 @@ state but the number of batches already used.
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -289,7 +289,7 @@ def prefetch(
     iterator: Iterator[Batch],
     size: int = 2,
     place: Callable[[Batch], Batch] = jax.device_put,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields from `iterator`, keeping `size` items on the device ahead of use.
 
     A thread takes and places the items. Its errors are raised here, and closing this

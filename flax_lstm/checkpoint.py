@@ -86,9 +86,10 @@ class Checkpoints:
         }
         # Steps are deleted here and not by Orbax, whose best_fn lets NaN win, and only
         # once a newer one is complete.
+        # Nor is it told to only read: it would log three warnings, and `save` would
+        # return False in silence.
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
-            read_only=read_only,
             cleanup_tmp_directories=not read_only,
             max_to_keep=None,
         )
@@ -141,8 +142,10 @@ class Checkpoints:
 
         Raises:
           CheckpointError: If this save, or the one before it, failed.
-          ValueError: If the step is not above every step on disk.
+          ValueError: If the step is not above every step on disk, or this reads only.
         """
+        if self.read_only:
+            raise ValueError(f"{self.folder} was opened to be read only; open it anew.")
         self.wait()
         taken = [int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()]
         if step < 0 or step in taken or step <= max(self.steps(), default=-1):
@@ -259,7 +262,7 @@ class Checkpoints:
         try:
             record = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            ).meta
+            )["meta"]
             claimed = record.pop("sha256")
         except Exception as error:  # Orbax raises bare Exception for damaged files
             raise self._damaged(
@@ -294,7 +297,7 @@ class Checkpoints:
                 raise ValueError(f"its arrays have other shapes or dtypes, {forms}")
             arrays = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            ).state
+            )["state"]
         except Exception as error:  # Orbax raises bare Exception for damaged files
             raise self._damaged(step, f"it cannot be read ({first(error)})") from error
         for name, leaf in stored.items():

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ PACKAGES = (
 )
 
 
-def describe(devices: tuple[jax.Device, ...]) -> dict[str, Any]:
+def describe(devices: Sequence[Any]) -> dict[str, Any]:
     """Returns versions, devices, Python, commit and command of this process."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -37,7 +38,7 @@ def describe(devices: tuple[jax.Device, ...]) -> dict[str, Any]:
         "devices": [f"{device.platform} {device.device_kind}" for device in devices],
         "packages": {name: installed(name) for name in PACKAGES},
         "commit": commit(),
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": jax.dtypes.canonicalize_dtype("float64").name == "float64",
     }
 
 
@@ -59,7 +60,7 @@ def commit() -> str | None:
         return None
     try:
         lines = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"],
+            ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"],
             cwd=root,
             capture_output=True,
             text=True,
@@ -81,7 +82,7 @@ def use_compilation_cache(folder: str | Path | None = None) -> Path:
     Returns:
       The folder in use.
     """
-    chosen = jax.config.jax_compilation_cache_dir
+    chosen = jax.config.values.get("jax_compilation_cache_dir")
     if folder is not None:
         chosen = folder
     elif not chosen:

@@ -110,10 +110,12 @@ class Trainer:
             tokens += done["tokens"]
             start = time.perf_counter()
             validation = self.evaluate(state, "validation")
-            accuracy = validation and validation["accuracy"]
+            loss = accuracy = None
+            if validation is not None:
+                loss, accuracy = validation["loss"], validation["accuracy"]
             record = EpochDone(
                 **done,
-                validation_loss=validation and validation["loss"],
+                validation_loss=loss,
                 validation_accuracy=accuracy,
                 best=progress.note(accuracy),
                 validation_seconds=time.perf_counter() - start,
@@ -188,10 +190,10 @@ class Trainer:
                     )
                 )
 
-        with contextlib.closing(prefetched) as placed:
+        with contextlib.closing(prefetched):
             while True:
                 asked = time.perf_counter()
-                batch = next(placed, None)
+                batch = next(prefetched, None)
                 waited += time.perf_counter() - asked
                 if batch is None:
                     break

@@ -541,8 +541,8 @@ def check_settings(config: Config) -> None:
         for name, value in values.items():
             if not fits(value):
                 raise UserError(f"setting {name} must be {words}; got {value!r}.")
-    if model.dtype == "float64" and not jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(model.dtype).name != model.dtype:
         raise UserError(
-            "setting model.dtype = 'float64' needs JAX's 64-bit types; set "
+            f"setting model.dtype = {model.dtype!r} needs JAX's 64-bit types; set "
             "JAX_ENABLE_X64=1 in the environment."
         )

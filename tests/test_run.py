@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):
     """Most runs here compile the same programs: 7 s of CPU each, 1 s with the cache."""
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values.get("jax_compilation_cache_dir")
     run.use_compilation_cache(tmp_path_factory.mktemp("xla"))
     yield
     jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,46 @@
+"""Digests against published vectors; names and forms of leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_lstm import leaves
+
+
+def test_the_digest_is_sha256_of_the_bytes():
+    """The test vectors of FIPS 180-4 for "abc" and for the empty string."""
+    abc = np.frombuffer(b"abc", np.uint8)
+    want = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert leaves.digest(abc) == want
+    assert leaves.digest(np.zeros(0, np.float32)).startswith("e3b0c44298fc1c149afbf4c8")
+
+
+def test_the_digest_sees_values_and_not_strides():
+    array = np.arange(12.0).reshape(3, 4)
+    assert leaves.digest(array.T) == leaves.digest(np.ascontiguousarray(array.T))
+    assert leaves.digest(array) != leaves.digest(array.T)
+    assert leaves.digest(np.array([0.0])) != leaves.digest(np.array([-0.0]))
+
+
+def test_the_digest_of_json_is_blind_to_order_only():
+    assert leaves.digest_json({"a": 1, "b": [2]}) == leaves.digest_json(
+        {"b": [2], "a": 1}
+    )
+    assert leaves.digest_json({"a": [1, 2]}) != leaves.digest_json({"a": [2, 1]})
+
+
+@pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_keys_of_every_generator_come_back_as_they_were(generator):
+    key = jax.random.split(jax.random.key(3, impl=generator), 2)
+    arrays, saved = leaves.to_host({"k": key})
+    wanted, _ = leaves.describe(jax.eval_shape(lambda: {"k": key}))
+    assert saved["k"].form() == wanted["k"].form()
+    back = leaves.place(arrays["k"], saved["k"], key)
+    assert back.dtype == key.dtype
+    np.testing.assert_array_equal(jax.random.bits(back[0]), jax.random.bits(key[0]))
+
+
+def test_two_leaves_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"one dotted name.*'a\.b', 'a\.b'"):
+        leaves.named_leaves({"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
