@@ -11,7 +11,7 @@ import pytest
 
 from flax_lstm import convert, lstm_cell
 from flax_lstm.cell import LSTMParams, LSTMState
-from flax_lstm.convert.layout import PeepholeParams, ProjectedParams
+from flax_lstm.variants import PeepholeParams, ProjectedParams
 
 D, H, B = 3, 4, 2
 

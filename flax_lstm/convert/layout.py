@@ -11,27 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_lstm.cell import LSTMParams
+from flax_lstm.variants import PeepholeParams, ProjectedParams
 
 GATES = "ifgo"
-
-
-class ProjectedParams(NamedTuple):
-    """Weights with a projection `[H, P]` of the output."""
-
-    kernel: Any
-    recurrent_kernel: Any
-    bias: Any
-    projection: Any
-
-
-class PeepholeParams(NamedTuple):
-    """Weights with peepholes `[3, H]` in order i f o."""
-
-    kernel: Any
-    recurrent_kernel: Any
-    bias: Any
-    peephole: Any
-
 
 Params = LSTMParams | PeepholeParams | ProjectedParams
 Layer = tuple[Params, ...]

@@ -17,7 +17,6 @@ from flax_lstm.cell import LSTMParams
 from flax_lstm.convert.layout import (
     GATES,
     Layer,
-    PeepholeParams,
     as_array,
     check_layers,
     check_shape,
@@ -25,6 +24,7 @@ from flax_lstm.convert.layout import (
     reorder,
     unpack,
 )
+from flax_lstm.variants import PeepholeParams
 
 ORDER = "iofg"
 

@@ -3,7 +3,7 @@
 Keras    `kernel [I, 4H]`, `recurrent [H, 4H]`, `bias [4H]`: our layout, i f c o.
 Haiku    `w [I+H, 4H]`, `b [4H]`, order i g f o; 1 is added to f at run time.
 TF1      `kernel [I+H, 4H]`, `bias [4H]`, order i j f o; `forget_bias` is added to f
-         at run time. Peepholes `w_i_diag`, `w_f_diag`, `w_o_diag`.
+         at run time. Peepholes and projections are not read.
 State    Keras (h, c); Haiku (hidden, cell); TF1 (c, h).
 Forget   What the others add at run time is part of our bias: added on the way in,
          subtracted on the way out.

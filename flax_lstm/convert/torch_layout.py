@@ -19,7 +19,6 @@ from flax_lstm.cell import LSTMParams
 from flax_lstm.convert.layout import (
     Layer,
     Params,
-    ProjectedParams,
     Stack,
     as_array,
     check_keys,
@@ -30,6 +29,7 @@ from flax_lstm.convert.layout import (
     read,
     unpack,
 )
+from flax_lstm.variants import ProjectedParams
 
 SUFFIXES = ("", "_reverse")
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from flax_lstm import LSTMState, convert, lstm, scan_cell
 from flax_lstm.cell import LSTMParams
+from flax_lstm.variants import projected_cell
 
 FLOAT64 = 1e-12
 """Of the largest value: some hundred roundings of 1.1e-16, however they add up."""
@@ -184,27 +185,3 @@ def assert_close(got: Any, want: Any, tolerance: float) -> None:
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e}"
 
     jax.tree_util.tree_map_with_path(check, got, want)
-
-
-def split_gates(params: Any, state: LSTMState, x: jax.Array) -> list[jax.Array]:
-    z = x @ params.kernel + state.h @ params.recurrent_kernel
-    return jnp.split(z + params.bias[None], 4, -1)
-
-
-def peephole_cell(params: Any, state: LSTMState, x: jax.Array) -> Any:
-    """The cell of ONNX's `P`: i and f look at the old c, o at the new one."""
-    i, f, g, o = split_gates(params, state, x)
-    p_i, p_f, p_o = (p[None] for p in params.peephole)
-    i = jax.nn.sigmoid(i + p_i * state.c)
-    f = jax.nn.sigmoid(f + p_f * state.c)
-    c = f * state.c + i * jnp.tanh(g)
-    h = jax.nn.sigmoid(o + p_o * c) * jnp.tanh(c)
-    return LSTMState(c, h), h
-
-
-def projected_cell(params: Any, state: LSTMState, x: jax.Array) -> Any:
-    """The cell of torch's `proj_size`: the output is projected before it is used."""
-    i, f, g, o = split_gates(params, state, x)
-    c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
-    h = (jax.nn.sigmoid(o) * jnp.tanh(c)) @ params.projection
-    return LSTMState(c, h), h

@@ -6,10 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity_common import FLOAT64, assert_close, float32, peephole_cell
+from parity_common import FLOAT64, assert_close, float32
 
 from flax_lstm import LSTMState, convert, lstm, scan_cell
 from flax_lstm.cell import LSTMParams
+from flax_lstm.variants import peephole_cell
 
 onnx = pytest.importorskip("onnx", reason="compares with ONNX's LSTM operator")
 
