@@ -43,9 +43,9 @@ FAILED, USAGE, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 130, 141, 143
 CHUNK = 1024
 """Texts predicted at a time, so that a stream of any length fits in memory."""
 DEMO_TEXTS = (
-    "the acting was not at all bad , it was charming .",
-    "i wanted to love the film , but i have to regret it .",
-    "although the plot was silly , i found the music wonderful .",
+    "The acting was not at all bad",
+    "I wanted to love the film, but I have to regret it",
+    "Although the plot was silly, I found the music wonderful",
 )
 """Shown after a demo run. In each, the order of the words decides."""
 
@@ -293,8 +293,8 @@ def train(command: Train) -> None:
     folder = shlex.quote(str(shown_folder))
     out.print(
         f"\nThe run is in {shown_folder}. Try:\n"
-        f"  {name} predict {folder} 'the film was not at all bad , it was lovely .'\n"
-        f"  {name} trace {folder} 'i feared the plot would be dull , it was funny .'\n"
+        f"  {name} predict {folder} 'not at all bad' 'the film was not good'\n"
+        f"  {name} trace {folder} 'I expected to hate it, but I love it'\n"
         f"  {name} evaluate {folder}\n"
         f"or train on texts of your own, in columns named text and label:\n"
         f"  {name} train --data FILE.csv",
@@ -373,6 +373,7 @@ class Follower:
         match event:
             case RunStarted():
                 self._print(*report.start_lines(event))
+                self._print(f"Run folder: {near(event.folder)}")
                 self.live.phase("Compiling")
             case StepDone():
                 self.live.step(event)

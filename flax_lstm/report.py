@@ -146,7 +146,7 @@ def prediction_text(score: float, label: str, text: str) -> Text:
 
 
 def start_lines(event: RunStarted) -> list[str]:
-    """Returns what is about to be trained, where, and on what."""
+    """Returns what is about to be trained, and on what."""
     data, model = event.config.data, event.config.model
     rows = event.data.get("rows", {})
     parts = ", ".join(f"{part} {count:,}" for part, count in rows.items())
@@ -157,7 +157,7 @@ def start_lines(event: RunStarted) -> list[str]:
     ]
     if event.first_epoch > 1:
         lines.append(f"Resumed after epoch {event.first_epoch - 1}")
-    return [*lines, f"Run folder: {event.folder}"]
+    return lines
 
 
 def finish_lines(event: Finished) -> list[str]:

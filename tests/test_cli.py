@@ -244,7 +244,7 @@ def test_training_prints_an_epoch_a_line_and_the_test_accuracy(session):
     assert f"\nTest Accuracy: {accuracy['accuracy']:.3f}\n" in out
     assert "\x1b" not in out  # not a terminal
     for text in cli.DEMO_TEXTS:
-        assert text.split()[-2] in out
+        assert f"\n{text.split()[0].lower()} " in out
 
 
 def test_what_is_printed_to_try_next_can_be_pasted(session, capsys):
