@@ -52,7 +52,7 @@ def explained(asked: Any) -> Explanation:
         )
     refused = refusals(jax.default_backend())
     able = [name for name in FASTEST_FIRST if name not in refused]
-    runs = able[0] if asked is None else asked if asked in able else None
+    runs = next((name for name in able if asked in (None, name)), None)
     reasons = {}
     for name in FASTEST_FIRST:
         if name in refused:

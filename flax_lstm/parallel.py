@@ -41,7 +41,7 @@ class Program(NamedTuple):
     place_state: Callable[[Any], Any]
     place_batch: Callable[[Any], Any]
     fetch: Callable[[Any], Any]
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Any, ...]
 
 
 def pad_batch(batch: Any, multiple: int) -> Any:
@@ -65,7 +65,7 @@ def compile_steps(
     make_eval_step: Callable[[str | None], Callable],
     by_rows: Any,
     mode: str,
-    devices: tuple[jax.Device, ...],
+    devices: tuple[Any, ...],
 ) -> Program:
     """Compiles a training and an evaluation step for some devices.
 

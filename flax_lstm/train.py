@@ -351,7 +351,7 @@ def parallelize(
     apply: Callable[..., tuple[Array, Any]],
     optimizer: Optimizer,
     config: TrainConfig,
-    devices: Iterable[jax.Device] | None = None,
+    devices: Iterable[Any] | None = None,
 ) -> Program:
     """Compiles training and evaluation for one device or many, by `config.parallel`.
 
@@ -361,7 +361,7 @@ def parallelize(
       config: Settings.
       devices: Devices to use, all local ones when None; "jit" uses the first.
     """
-    by_rows = TrainState(False, False, False, False, True)  # the carry alone
+    by_rows = TrainState._make([False] * 4 + [True])  # the carry alone
     return compile_steps(
         lambda axis: make_train_step(apply, optimizer, config, axis_name=axis),
         lambda axis: make_eval_step(apply, config, axis_name=axis),
