@@ -37,7 +37,7 @@ class State(NamedTuple):
 def make_state(seed: int, carry: bool = False) -> State:
     random = np.random.default_rng(seed)
     params = {
-        "kernel": jnp.asarray(random.normal(size=(3, 8)), jnp.float32),
+        "kernel": jnp.asarray(random.normal(size=(64, 64)), jnp.float32),
         "half": jnp.asarray(random.normal(size=(5,)), jnp.bfloat16),
         "odd": jnp.array([np.nan, np.inf, -0.0, 1e-45], jnp.float32),
         "none": jnp.zeros((0, 4), jnp.float32),
@@ -60,7 +60,7 @@ def template(carry: bool = False):
 
 def make_state_traced(carry: bool) -> State:
     params = {
-        "kernel": jnp.zeros((3, 8)),
+        "kernel": jnp.zeros((64, 64)),
         "half": jnp.zeros((5,), jnp.bfloat16),
         "odd": jnp.zeros((4,)),
         "none": jnp.zeros((0, 4)),
@@ -153,8 +153,8 @@ def test_every_flipped_bit_is_found_or_harmless(tmp_path, where):
             else:
                 assert (bits(got), meta) == (want, {"epoch": 2})
         path.write_bytes(whole[path])
-    # Of these small arrays' files most bytes matter.
-    assert detected >= 10
+    # Most bytes are numbers, or checksums of numbers.
+    assert detected >= (30 if where == "state" else 10)
 
 
 @pytest.mark.filterwarnings("ignore:.*damaged")
@@ -224,7 +224,10 @@ def test_foreign_folders_are_skipped_and_orphans_removed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda p: p | {"kernel": jnp.zeros((3, 4))}, r"kernel float32\[3, 8\].*3, 4"),
+        (
+            lambda p: p | {"kernel": jnp.zeros((64, 32))},
+            r"kernel float32\[64, 64\].*64, 32",
+        ),
         (
             lambda p: p | {"half": jnp.zeros((5,))},
             r"params.half bfloat16.*float32\[5\]",
