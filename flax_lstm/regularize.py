@@ -18,14 +18,14 @@ Keys     One key, or one for each row, as in `flax_lstm.dropout`.
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from flax_lstm.cell import LSTMState
 from flax_lstm.dropout import dropout, fold_in, keep_mask
 from flax_lstm.sequence import Cell
 
 
-def drop_connect(params: Any, key: PRNGKeyArray, rate: float) -> Any:
+def drop_connect(params: Any, key: Array, rate: float) -> Any:
     """Sets a share of the recurrent weights to zero and scales the others up.
 
     Wan et al. (2013) on the recurrent kernel, as in Merity, Keskar & Socher (2018): one
@@ -46,7 +46,7 @@ def drop_connect(params: Any, key: PRNGKeyArray, rate: float) -> Any:
 
 
 def recurrent_mask(
-    key: PRNGKeyArray, shape: tuple[int, ...], rate: float, dtype: Any = jnp.float32
+    key: Array, shape: tuple[int, ...], rate: float, dtype: Any = jnp.float32
 ) -> Float[Array, "*B H"]:
     """Draws what `recurrent_dropout` multiplies with: 0, or 1 / (1 - rate).
 
@@ -81,7 +81,7 @@ def recurrent_dropout(cell: Cell, mask: Float[Array, "*B H"]) -> Cell:
 
 
 def zoneout_masks(
-    key: PRNGKeyArray, shape: tuple[int, ...], *, c: float = 0.0, h: float = 0.0
+    key: Array, shape: tuple[int, ...], *, c: float = 0.0, h: float = 0.0
 ) -> LSTMState:
     """Draws where `zoneout` holds c and h as they were before the step.
 
