@@ -81,7 +81,7 @@ def to_host(state: Any) -> tuple[dict[str, np.ndarray], dict[str, Leaf]]:
     arrays, leaves = {}, {}
     for name, leaf in named_leaves(state):
         key = str(leaf.dtype) if is_key(leaf) else None
-        # A copy: a NumPy view of a CPU buffer would see it change when it is donated.
+        # A copy: nothing the caller does can reach what the background still writes.
         array = np.array(jax.random.key_data(leaf) if key else leaf)
         arrays[name] = array
         leaves[name] = Leaf(array.shape, str(array.dtype), key, digest(array))

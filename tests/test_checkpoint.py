@@ -209,14 +209,14 @@ def test_foreign_folders_are_skipped_and_orphans_removed(tmp_path):
     save(tmp_path, {1: 0.5})
     (tmp_path / "7").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
     with pytest.warns(CheckpointWarning, match="/7 is not a complete checkpoint"):
         save(tmp_path, {2: 0.7})
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == (1, 2)
         got, _ = checkpoints.restore_last(template())
     assert int(got.step) == 2
-    assert not (tmp_path / "2.orbax-checkpoint-tmp").exists()
+    assert not (tmp_path / "9.orbax-checkpoint-tmp").exists()
     assert (tmp_path / "7").is_dir()
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
