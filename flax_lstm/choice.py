@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
-Implementation = Literal["scan", "xla", "pallas", "cudnn"]
-FASTEST_FIRST: tuple[Implementation, ...] = ("pallas", "cudnn", "xla", "scan")
+Implementation = Literal["scan", "xla", "cpu", "pallas", "cudnn"]
+FASTEST_FIRST: tuple[Implementation, ...] = ("pallas", "cudnn", "cpu", "xla", "scan")
 
 
 class Explanation(NamedTuple):
@@ -31,12 +31,26 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
-def refusals(backend: str) -> dict[str, str]:
-    """Returns the reason of every implementation that cannot run."""
+def refusals(backend: str, asked: Any = None) -> dict[str, str]:
+    """Returns the reason of every implementation that cannot run.
+
+    The kernel of the CPU, which must be compiled before it can answer, is looked at
+    only where it is asked for by name.
+    """
     cudnn = "JAX's cuDNN binding is not connected yet"
     if backend not in ("gpu", "cuda"):
         cudnn = f'needs a CUDA device; the default backend is "{backend}"'
-    return {"pallas": f'there is no kernel for "{backend}" yet', "cudnn": cudnn}
+    reasons = {"pallas": f'there is no kernel for "{backend}" yet', "cudnn": cudnn}
+    if backend != "cpu":
+        reasons["cpu"] = f'needs a CPU; the default backend is "{backend}"'
+    elif asked != "cpu":
+        reasons["cpu"] = "runs only where it is asked for by name"
+    else:
+        from flax_lstm_kernels import cpu
+
+        if reason := cpu.reason():
+            reasons["cpu"] = reason
+    return reasons
 
 
 def explained(asked: Any) -> Explanation:
@@ -50,9 +64,11 @@ def explained(asked: Any) -> Explanation:
             f"implementation must be None or one of {get_args(Implementation)}; "
             f"got {asked!r}."
         )
-    refused = refusals(jax.default_backend())
-    able = [name for name in FASTEST_FIRST if name not in refused]
-    runs = next((name for name in able if asked in (None, name)), None)
+    refused = refusals(jax.default_backend(), asked)
+    able: list[Implementation] = [name for name in FASTEST_FIRST if name not in refused]
+    runs: Implementation | None = next(
+        (name for name in able if asked in (None, name)), None
+    )
     reasons = {}
     for name in FASTEST_FIRST:
         if name in refused:

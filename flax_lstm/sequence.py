@@ -40,6 +40,7 @@ from flax_lstm.loop import (
     live_steps,
     select,
     vary_with,
+    varying_axes,
 )
 
 Cell = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -95,8 +96,9 @@ def lstm(
       dtype: Computation dtype; the promotion of inputs and weights when None. The
         cell state is carried in float32 at least.
       implementation: "scan" is `jax.lax.scan` differentiated by JAX, the reference.
-        "xla" has a derivative arranged for speed (`flax_lstm.derivative`). None
-        chooses the fastest that can do what was asked; see `explain`.
+        "xla" has a derivative arranged for speed (`flax_lstm.derivative`). "cpu" is the
+        same with its loops in C++ (`flax_lstm_kernels.cpu`). None chooses the fastest
+        that can do what was asked; see `explain`.
       unroll: Steps of the scan unrolled into one loop iteration.
       remat: Saves memory in reverse mode for one more run forward: what the derivative
         needs is kept for that many steps at a time; True for the square root of T.
@@ -111,7 +113,7 @@ def lstm(
     """
     run = choose(implementation)
     call = prepared(params, inputs, state, lengths, resets, dtype)
-    over_time = lstm_by_xla if run == "xla" else lstm_by_scan
+    over_time = OVER_TIME[run]
     return over_time(
         *call,
         lengths=lengths,
@@ -271,10 +273,11 @@ def lstm_by_xla(
     keep_order: bool,
     unroll: int,
     remat: bool | int,
+    foreign: bool = False,
 ) -> tuple[LSTMState, Array]:
     """Runs arguments that `prepared` returned with the derivative of our own."""
     inputs, live, resets = masked(inputs, lengths, resets)
-    options = Options.for_backend(reverse=reverse, unroll=unroll)
+    options = Options.for_backend(reverse=reverse, unroll=unroll, foreign=foreign)
 
     def run(state: LSTMState, xs: Any) -> tuple[LSTMState, Array]:
         return recurrence(options, params, xs[0], state, *xs[1:])
@@ -288,6 +291,32 @@ def lstm_by_xla(
     )
     outputs = h if live is None else select(live, h, 0)
     return final, flip(outputs, lengths) if reverse and not keep_order else outputs
+
+
+def lstm_by_cpu(
+    params: LSTMParams, inputs: Array, state: LSTMState, **options: Any
+) -> tuple[LSTMState, Array]:
+    """Runs arguments that `prepared` returned by the C++ kernel of the CPU.
+
+    Raises:
+      NotImplementedError: If the kernel is not made for them.
+    """
+    found = None
+    if inputs.dtype != jnp.float32:
+        found = f"float32 only; the computation dtype is {inputs.dtype}"
+    elif not all(isinstance(size, int) and size > 0 for size in inputs.shape):
+        found = f"sizes known and above 0 only; inputs are {inputs.shape}"
+    elif any(varying_axes(leaf) for leaf in (*params, inputs, *state)):
+        found = "not inside jax.shard_map"
+    if found is not None:
+        raise NotImplementedError(
+            f'implementation="cpu" cannot run: {found}; use "xla", "scan" or None.'
+        )
+    params = LSTMParams(*(leaf.astype(inputs.dtype) for leaf in params))
+    return lstm_by_xla(params, inputs, state, foreign=True, **options)
+
+
+OVER_TIME = {"scan": lstm_by_scan, "xla": lstm_by_xla, "cpu": lstm_by_cpu}
 
 
 def scan_cell(

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 # experiments are one node each. Every file stands here, with the nodes that it may
 # import: a new arrow is a decision, so it is written down.
 CORE = (
-    "cell loop checks choice derivative sequence bidirectional variants dropout "
-    "regularize"
+    "cell loop checks choice foreign derivative sequence bidirectional variants "
+    "dropout regularize"
 )
 MODULES = f"{CORE} config pooling embedding initializers layers nnx linen"
 WORK = "data batching optim parallel train checkpoint"
@@ -31,7 +31,8 @@ ARROWS = {
     "loop": "",
     "checks": "cell loop",
     "choice": "kernels",
-    "derivative": "cell loop",
+    "foreign": "cell loop kernels",
+    "derivative": "cell loop foreign",
     "sequence": "cell loop checks choice derivative kernels",
     "bidirectional": "cell choice loop sequence",
     "regularize": "cell dropout sequence",

@@ -1,1 +1,1 @@
-"""Accelerator kernels of `flax_lstm.lstm`. None has been added yet."""
+"""Kernels of `flax_lstm.lstm`, one package for each kind of machine; see README.md."""
