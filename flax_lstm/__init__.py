@@ -7,6 +7,7 @@ from flax_lstm.cell import (
     lstm_cell,
     zero_state,
 )
+from flax_lstm.directions import bidirectional
 from flax_lstm.sequence import (
     Internals,
     explain,
@@ -19,6 +20,7 @@ __all__ = [
     "Internals",
     "LSTMParams",
     "LSTMState",
+    "bidirectional",
     "explain",
     "init_lstm_params",
     "lstm",

@@ -10,7 +10,7 @@ Names    Those of Flax's `RNN`: a carry is an `LSTMState`, or any pair (c, h).
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,11 @@ from flax_lstm.cell import (
     zero_state,
 )
 from flax_lstm.config import ModelConfig
+from flax_lstm.directions import Merge, backward_resets, merge_function
 from flax_lstm.dropout import dropout, fold_in
 from flax_lstm.sequence import Cell, Implementation, flip, lstm, scan_cell
 
 Activation = Callable[[Array], Array]
-MergeName = Literal["concat", "sum", "mean", "mul"]
-
-MERGES: dict[str, Callable[[Array, Array], Array]] = {
-    "concat": lambda a, b: jnp.concatenate([a, b], axis=-1),
-    "sum": lambda a, b: a + b,
-    "mean": lambda a, b: (a + b) / 2,
-    "mul": lambda a, b: a * b,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,12 +160,26 @@ def run_both(
     inputs: Any,
     carry: Any,
     *,
-    merge: MergeName | Callable[[Array, Array], Array],
+    merge: Merge,
+    resets: Any,
+    time_major: bool,
     **options: Any,
 ) -> tuple[tuple[Any, Any], Array]:
-    """Runs two layers, the second from the end, and merges their outputs."""
+    """Runs two layers, the second from the end, and merges their outputs.
+
+    Resets mark the first steps of episodes: nothing crosses them in either direction.
+    """
+    from_behind = resets
+    if resets is not None:
+        from_behind = backward_resets(resets, axis=0 if time_major else -1)
     carries = (None, None) if carry is None else carry
-    directions = zip((forward, backward), carries, (False, True), strict=True)
+    directions = zip(
+        (forward, backward),
+        carries,
+        (False, True),
+        (resets, from_behind),
+        strict=True,
+    )
     (first, ahead), (second, behind) = (
         layer(
             inputs,
@@ -180,28 +187,13 @@ def run_both(
             reverse=reverse,
             keep_order=True,
             return_carry=True,
+            resets=cuts,
+            time_major=time_major,
             **options,
         )
-        for layer, start, reverse in directions
+        for layer, start, reverse, cuts in directions
     )
     return (first, second), merge_function(merge)(ahead, behind)
-
-
-def merge_function(
-    merge: MergeName | Callable[[Array, Array], Array],
-) -> Callable[[Array, Array], Array]:
-    """Returns the function that merges the outputs of two directions.
-
-    Raises:
-      ValueError: If `merge` is a name that is not known.
-    """
-    if callable(merge):
-        return merge
-    if merge not in MERGES:
-        raise ValueError(
-            f"merge must be a function or one of {tuple(MERGES)}; got {merge!r}."
-        )
-    return MERGES[merge]
 
 
 def run_stack(

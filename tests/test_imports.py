@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # experiments are one node each. Every file stands here, with the nodes that it may
 # import: a new arrow is a decision, so it is written down.
 CORE = (
-    "cell loop checks choice foreign derivative sequence bidirectional variants "
+    "cell loop checks choice foreign derivative sequence directions variants "
     "dropout regularize"
 )
 MODULES = f"{CORE} config pooling embedding initializers layers nnx linen"
@@ -34,7 +34,7 @@ ARROWS = {
     "foreign": "cell loop kernels",
     "derivative": "cell loop foreign",
     "sequence": "cell loop checks choice derivative kernels",
-    "bidirectional": "cell choice loop sequence",
+    "directions": "cell choice loop sequence",
     "regularize": "cell dropout sequence",
     "convert": "cell variants",
     "initializers": "cell",

@@ -1,6 +1,6 @@
 """Several Linen LSTM layers: both directions, and one after another."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from flax_lstm import layers
+from flax_lstm.directions import Merge
 from flax_lstm.initializers import InitializerName, weight_initializers
-from flax_lstm.layers import MergeName
 from flax_lstm.linen.recurrent import LSTM
 
 
@@ -28,7 +28,7 @@ class BidirectionalLSTM(nn.Module):
     """
 
     features: int
-    merge: MergeName | Callable[[Array, Array], Array] = "concat"
+    merge: Merge = "concat"
     time_major: bool = False
     return_carry: bool = False
     options: Mapping[str, Any] | None = None

@@ -1,14 +1,14 @@
 """Several NNX LSTM layers: both directions, and one after another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 from jaxtyping import Array
 
 from flax_lstm import layers
+from flax_lstm.directions import Merge
 from flax_lstm.initializers import InitializerName, weight_initializers
-from flax_lstm.layers import MergeName
 from flax_lstm.nnx.recurrent import LSTM, Rngs
 
 
@@ -33,13 +33,13 @@ class BidirectionalLSTM(nnx.Module):
         in_features: int,
         hidden_features: int,
         *,
-        merge: MergeName | Callable[[Array, Array], Array] = "concat",
+        merge: Merge = "concat",
         time_major: bool = False,
         return_carry: bool = False,
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        self.merge: MergeName | Callable[[Array, Array], Array] = merge
+        self.merge: Merge = merge
         self.time_major = time_major
         self.return_carry = return_carry
         self.forward_rnn = LSTM(in_features, hidden_features, rngs=rngs, **options)

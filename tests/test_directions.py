@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from flax import nnx
 
 import flax_lstm as fl
-from flax_lstm.bidirectional import backward_resets, bidirectional
+from flax_lstm import nnx as modules
+from flax_lstm.directions import backward_resets, bidirectional
 
 T, B, D, H = 6, 3, 2, 4
 LENGTHS = np.array([6, 0, 4])
@@ -52,6 +54,24 @@ def test_nothing_crosses_a_reset_in_either_direction(x64):
     _, outputs = bidirectional(forward, backward, xs, resets=resets)
     alone = bidirectional(forward, backward, xs[2:5])[1]
     np.testing.assert_allclose(outputs[2:5], alone, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+def test_the_module_is_the_function(time_major):
+    """Whose resets, too, stop both directions."""
+    module = modules.BidirectionalLSTM(
+        D, H, time_major=time_major, rngs=nnx.Rngs(params=0)
+    )
+    xs = draw(0, np.float32)[1]
+    resets = jnp.zeros((T, B), bool).at[jnp.array([2, 5])].set(True)
+    layers = (module.forward_rnn.cell.fused(), module.backward_rnn.cell.fused())
+    _, want = bidirectional(*layers, xs, resets=resets, lengths=jnp.asarray(LENGTHS))
+    if time_major:
+        got = module(xs, resets=resets, seq_lengths=LENGTHS)
+    else:
+        got = module(jnp.moveaxis(xs, 0, 1), resets=resets.T, seq_lengths=LENGTHS)
+        got = jnp.moveaxis(got, 1, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_marks_move_to_the_last_step_before_along_any_axis():
