@@ -46,7 +46,7 @@ def arranged(**options: bool) -> Any:
     return run
 
 
-def by_name(implementation: str, **options: Any) -> Any:
+def by_name(implementation: Any, **options: Any) -> Any:
     def run(params, inputs, state):
         return fl.lstm(params, inputs, state, implementation=implementation, **options)
 
@@ -94,7 +94,7 @@ def measure(shape: tuple[int, int, int, int], rounds: int) -> list[dict[str, Any
             taken[name].append(1e3 * (time.process_time() - start))
     rows = []
     for name, call in compiled.items():
-        memory = call.memory_analysis()
+        memory: Any = call.memory_analysis()
         peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
         p20, p50, p80 = np.percentile(taken[name], [20, 50, 80])
         rows.append(
@@ -135,7 +135,7 @@ def processor() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
