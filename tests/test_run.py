@@ -222,6 +222,21 @@ def straight(source, tmp_path_factory, trained):
     return train
 
 
+def test_every_epoch_has_an_order_of_its_own(source, tmp_path, monkeypatch):
+    """The order is a function of (seed, epoch): both must reach the batches."""
+    asked, batches = [], epochs.data.batches
+
+    def spy(*args, seed, epoch, **rest):
+        if epoch is not None:
+            asked.append((seed, epoch))
+        return batches(*args, seed=seed, epoch=epoch, **rest)
+
+    monkeypatch.setattr(epochs.data, "batches", spy)
+    run.train(make_config(source, epochs=2), tmp_path / "run")
+    run.train(make_config(source, epochs=3), tmp_path / "run", resume=True)
+    assert asked == [(0, 1), (0, 2), (0, 3)]
+
+
 def test_a_run_stopped_before_its_first_epoch_can_be_resumed(source, tmp_path, trained):
     def interrupt(event):
         raise Stop
@@ -376,13 +391,15 @@ def test_predictions_come_in_the_order_of_the_texts(trained):
     texts = ["a lovely film", "", "awful " * 50, "zzz film"] * 5 + ["the plot"]
     together = result.predict(texts)
     assert [p.text for p in together] == texts
-    alone = [result.predict([text])[0] for text in texts[:4]]
+    alone = [result.predict([text])[0] for text in [*texts[:4], "the plot"]]
+    scores = {p.text: p.score for p in alone}
+    assert len({round(score, 4) for score in scores.values()}) == 5
     # One compiled program for each batch size: sums may round differently.
     np.testing.assert_allclose(
-        [p.score for p in together[:4]], [p.score for p in alone], atol=1e-6
+        [p.score for p in together], [scores[text] for text in texts], atol=1e-6
     )
-    assert [len(p.tokens) for p in alone] == [3, 0, 8, 2]
-    assert [p.unknown for p in alone] == [0, 0, 0, 1]
+    assert [len(p.tokens) for p in alone] == [3, 0, 8, 2, 2]
+    assert [p.unknown for p in alone] == [0, 0, 0, 1, 0]
     assert {p.label for p in together} <= {"bad", "good"}
     assert result.predict([]) == []
     with pytest.raises(UserError, match="list of texts"):
