@@ -176,7 +176,8 @@ def tangent(options: Options, fixed: Any, tangents: Any) -> tuple[LSTMState, Arr
         h_before = select(~resets, h_before, 0)
 
     def product(x: Array, kernel: Array) -> Array:
-        if not options.flatten:
+        known = all(isinstance(size, int) for size in x.shape)
+        if not (options.flatten and known):  # of symbolic sizes no product can be told
             return project(x, kernel)
         flat = project(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), kernel)
         return flat.reshape(*x.shape[:-1], kernel.shape[-1])

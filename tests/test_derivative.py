@@ -125,7 +125,7 @@ PAIRS = [
     pytest.param(mode, options, id=f"{name}, {call}")
     for call, options in CALLS.items()
     for name, mode in MODES.items()
-    if call == "all" or name in ("value and grad", "jvp", "hessian")
+    if call == "all" or name in ("value and grad", "jvp")
 ]
 
 
@@ -333,13 +333,12 @@ def test_shard_map_and_pmap_give_the_same_gradients(x64, remat):
 
 
 @pytest.mark.usefixtures("as_installed")  # a symbolic size is no int
-@pytest.mark.parametrize("remat", [False, 2])
-def test_export_with_symbolic_batch_and_time_runs_any_shape(x64, remat):
+def test_export_with_symbolic_batch_and_time_runs_any_shape(x64):
     params, inputs, _ = draw()
     time, batch = jax.export.symbolic_shape("t, b")
 
     def gradient(params, inputs, lengths):
-        options = {"lengths": lengths, "implementation": "xla", "remat": remat}
+        options = {"lengths": lengths, "implementation": "xla"}
         return jax.grad(lambda p: jnp.sum(fl.lstm(p, inputs, **options)[1]))(params)
 
     shapes = (
@@ -401,7 +400,7 @@ def test_explain_says_what_runs_and_why_not_the_others():
     params, inputs, _ = draw(0, jnp.float32)
     told = fl.explain(params, inputs)
     assert told.implementation == "xla"
-    assert set(told.reasons) == {"pallas", "cudnn", "scan"}
+    assert set(told.reasons) == {"pallas", "cudnn", "cpu", "scan"}
     assert "needs a CUDA device" in told.reasons["cudnn"]
     assert str(told).startswith("xla: runs\n")
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
@@ -434,5 +433,5 @@ def test_remat_names_what_it_takes():
     with pytest.raises(ValueError, match=r"remat must be True, False or .*got 0"):
         fl.lstm(params, inputs, remat=0)
     (time,) = jax.export.symbolic_shape("t")
-    with pytest.raises(ValueError, match=r"where time is symbolic \(t\); got True"):
-        chunk_length(True, time)
+    with pytest.raises(NotImplementedError, match=r"steps is symbolic \(t\); got 2"):
+        chunk_length(2, time)

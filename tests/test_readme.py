@@ -95,3 +95,19 @@ def test_every_place_in_the_layout_exists():
 
 def _beside(root: Path, folder: Path, name: str) -> Path:
     return root / name if "/" in name else folder / name
+
+
+def named_tests() -> list[str]:
+    """What the README's table of features names as shown by a test."""
+    return re.findall(r"`((?:parity/)?test_\w+\.py::\w+)`", README)
+
+
+def test_the_table_of_features_names_tests():
+    assert len(named_tests()) > 20
+
+
+@pytest.mark.parametrize("named", sorted(set(named_tests())))
+def test_a_test_named_in_the_readme_exists(named):
+    file, name = named.split("::")
+    source = (Path(__file__).parent / file).read_text(encoding="utf-8")
+    assert re.search(rf"^ *(?:def|class) {name}\b", source, re.MULTILINE)
