@@ -61,7 +61,8 @@ ARROWS = {
     "run": f"{MODULES} {WORK} environment epochs events folder",
     "cli": "config demo_corpus events report run",
     "kernels": "cell",
-    "experiments": f"{MODULES} {WORK} convert events folder report run cli kernels",
+    "experiments": f"{MODULES} {WORK} convert environment events folder report run cli "
+    "kernels",
 }
 # Third-party packages that only these nodes touch.
 OWNERS = {
