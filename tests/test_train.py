@@ -344,7 +344,7 @@ def test_a_non_finite_step_changes_no_bit_of_the_state(sparse, bad):
         new._replace(key=None),
         state._replace(key=None),
     )
-    with pytest.raises(train.NonFiniteLossError, match=r"step 7 .* that of step 5\."):
+    with pytest.raises(train.NonFiniteLossError, match=r"step 7, .* that of step 5\."):
         train.check_finite(metrics, 7, 5)
     with pytest.raises(train.NonFiniteLossError, match="no checkpoint has been saved"):
         train.check_finite(metrics, 7, None)
