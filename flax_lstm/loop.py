@@ -63,23 +63,23 @@ def chunk_length(remat: bool | int, steps: Any) -> int | None:
     that for `remat=True` both are about the square root of the steps.
 
     Raises:
-      ValueError: If `remat` is below 1, or True with a symbolic number of steps.
+      ValueError: If `remat` is below 1.
+      NotImplementedError: If the number of steps is symbolic.
     """
     if remat is False:
         return None
-    if remat is not True:
-        if remat < 1:
-            raise ValueError(
-                "remat must be True, False or a number of steps, at least 1; "
-                f"got {remat}."
-            )
-        return int(remat)
     if not isinstance(steps, int):
-        raise ValueError(
-            f"remat must be a number of steps where time is symbolic ({steps}); "
-            "got True."
+        raise NotImplementedError(
+            f"remat must be False where the number of steps is symbolic ({steps}); "
+            f"got {remat}."
         )
-    return max(1, math.isqrt(steps))
+    if remat is True:
+        return max(1, math.isqrt(steps))
+    if remat < 1:
+        raise ValueError(
+            f"remat must be True, False or a number of steps, at least 1; got {remat}."
+        )
+    return int(remat)
 
 
 def in_chunks(
@@ -122,7 +122,7 @@ def in_chunks(
     def remainder(state: Any) -> tuple[Any, Any]:
         return run(state, jax.tree.map(lambda leaf: leaf[whole:], xs))
 
-    if isinstance(steps, int) and whole == steps and count:
+    if whole == steps and count:
         return chunks(state)
     if reverse:
         state, last = remainder(state)

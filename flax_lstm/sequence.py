@@ -109,7 +109,8 @@ def lstm(
     Raises:
       TypeError: If inputs are not floating, lengths not integers, resets not booleans.
       ValueError: If a shape does not fit, or a concrete length is outside 0 … T.
-      NotImplementedError: If the implementation asked for cannot run.
+      NotImplementedError: If the implementation asked for cannot run, or with `remat`
+        where time is symbolic.
     """
     run = choose(implementation)
     call = prepared(params, inputs, state, lengths, resets, dtype)
