@@ -58,19 +58,24 @@ ARROWS = {
     "environment": "",
     "events": "config",
     "epochs": f"config {WORK} events folder",
-    "run": f"{MODULES} {WORK} environment epochs events folder",
-    "cli": "config demo_corpus events report run",
+    "settings": "config folder",
+    "model_state": f"{MODULES} checkpoint train",
+    "trained": "batching config data checkpoint folder model_state settings train",
+    "run": "config data checkpoint environment epochs events folder model_state "
+    "settings train trained",
+    "commands": "config events report run trained",
+    "cli": "commands config",
     "kernels": "cell",
-    "experiments": f"{MODULES} {WORK} convert environment events folder report run cli "
-    "kernels",
+    "experiments": f"{MODULES} {WORK} convert environment events folder model_state "
+    "report run cli kernels",
 }
 # Third-party packages that only these nodes touch.
 OWNERS = {
     "datasets": {"data", "sources", "experiments"},
     "tokenizers": {"text"},
     "orbax": {"checkpoint"},
-    "tyro": {"cli"},
-    "rich": {"cli", "report"},
+    "tyro": {"cli", "commands"},
+    "rich": {"commands", "report"},
 }
 # Executes what a file says (pickle and its kin), or would make a peer a dependency.
 NEVER = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"} | {
