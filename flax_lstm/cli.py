@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ import tyro
 from flax_lstm.commands.answers import evaluate, predict, trace
 from flax_lstm.commands.arguments import (
     Command,
+    Common,
     Evaluate,
     Predict,
     Start,
@@ -40,12 +42,15 @@ from flax_lstm.commands.terminal import (
 )
 from flax_lstm.commands.training import DEMO_TEXTS, Terminated, train
 from flax_lstm.config import PRESETS, Config, UserError
+from flax_lstm.environment import use_compilation_cache
+from flax_lstm.startup import process_start
 
 __all__ = ["DEMO_TEXTS", "Train", "execute", "main", "parse"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    started = process_start() if argv is None else time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     for stream in (sys.stdout, sys.stderr):
@@ -54,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(argv)
         if command is not None:
-            execute(command)
+            execute(command, started)
         sys.stdout.flush()  # here, so that a closed pipe shows before the end
     except SystemExit as stop:  # usage, as tyro reports it
         return stop.code if isinstance(stop.code, int) else USAGE
@@ -129,20 +134,38 @@ def starting_point(start: Start) -> Config:
     return base if start.config is None else Config.load(start.config, base)
 
 
-def execute(command: Command) -> None:
-    """Does what the command says."""
+def execute(command: Command, started: float | None = None) -> None:
+    """Does what the command says.
+
+    Args:
+      command: From `parse`.
+      started: When the command started, by `time.perf_counter`; now when None.
+    """
     quieten_libraries(command.debug)
+    keep_programs(command)
     match command:
         case Train(print_config=True):
             print(json.dumps(command.settings.to_dict(), indent=2))
         case Train():
-            train(command)
+            train(command, started)
         case Evaluate():
             evaluate(command)
         case Predict():
             predict(command)
         case Trace():
             trace(command)
+
+
+def keep_programs(command: Command) -> None:
+    """Keeps compiled programs on disk, where neither the command nor JAX says no."""
+    import jax
+
+    if not isinstance(command, Common) or getattr(command, "print_config", False):
+        return
+    if command.no_compilation_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif jax.config.values["jax_enable_compilation_cache"]:
+        use_compilation_cache()
 
 
 def quieten_libraries(debug: bool) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from flax_lstm.choice import Implementation
+
 
 class UserError(ValueError):
     """A request that cannot be met as it was given.
@@ -78,7 +80,7 @@ class ModelConfig:
     gate. `glorot`: Glorot-uniform over the stacked [I+H, 4H], as TensorFlow 1."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Computation dtype; parameters and cell state stay in float32 at least."""
-    implementation: Literal["scan", "xla", "pallas", "cudnn"] | None = None
+    implementation: Implementation | None = None
     """How the recurrence runs; the fastest that can when not given."""
 
 

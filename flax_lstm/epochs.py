@@ -21,6 +21,7 @@ from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config
 from flax_lstm.events import EpochDone, Event, StepDone
 from flax_lstm.folder import write_line
+from flax_lstm.startup import Startup
 from flax_lstm.train import Program, check_finite, evaluate, reset_carry
 
 ARREARS = 2
@@ -55,6 +56,12 @@ class Progress:
         self.best_epoch, self.best_accuracy = self.epoch, accuracy
         return True
 
+    def wait_share(self) -> float:
+        """Returns the share of all training time that was spent waiting for input."""
+        seconds = sum(record["seconds"] for record in self.history)
+        waited = sum(one["wait_share"] * one["seconds"] for one in self.history)
+        return waited / seconds if seconds else 0.0
+
     def out_of_patience(self, patience: int | None) -> bool:
         """Says whether `patience` epochs have passed since the best one."""
         if patience is None or self.best_epoch is None:
@@ -76,6 +83,8 @@ class Trainer:
       metrics_file: Gets a line for each epoch.
       on_event: Is told of steps and epochs.
       meta: Saved with each checkpoint beside the progress.
+      startup: Is told of every step handed over.
+      clock: Tells the time in seconds.
     """
 
     config: Config
@@ -87,6 +96,8 @@ class Trainer:
     metrics_file: TextIO
     on_event: Callable[[Event], None]
     meta: dict[str, Any]
+    startup: Startup
+    clock: Callable[[], float] = time.perf_counter
 
     def run(self, state: Any, progress: Progress) -> Any:
         """Trains until the last epoch or until patience is out; returns the state.
@@ -100,7 +111,7 @@ class Trainer:
             of that epoch.
         """
         training = self.config.training
-        began, tokens = time.perf_counter(), 0
+        began, tokens = self.clock(), 0
         while progress.epoch < training.epochs and not progress.out_of_patience(
             training.patience
         ):
@@ -108,7 +119,7 @@ class Trainer:
                 reset_carry(state), progress.epoch + 1, began, tokens
             )
             tokens += done["tokens"]
-            start = time.perf_counter()
+            start = self.clock()
             validation = self.evaluate(state, "validation")
             loss = accuracy = None
             if validation is not None:
@@ -118,7 +129,7 @@ class Trainer:
                 validation_loss=loss,
                 validation_accuracy=accuracy,
                 best=progress.note(accuracy),
-                validation_seconds=time.perf_counter() - start,
+                validation_seconds=self.clock() - start,
             )
             progress.history.append(dataclasses.asdict(record))
             self.checkpoints.save(
@@ -161,7 +172,7 @@ class Trainer:
         )
         tally = Tally()
         pending: collections.deque[Any] = collections.deque()
-        start = last_event = time.perf_counter()
+        start = last_event = self.clock()
         waited, tokens, handed = 0.0, 0, 0
 
         def read() -> None:
@@ -172,7 +183,7 @@ class Trainer:
                 self.checkpoints.wait()
                 check_finite(metrics, step, max(self.checkpoints.steps(), default=None))
             tally.add(metrics)
-            now = time.perf_counter()
+            now = self.clock()
             if now - last_event >= EVENT_INTERVAL_S or tally.steps == self.batches:
                 last_event = now
                 self.checkpoints.poll()
@@ -192,20 +203,21 @@ class Trainer:
 
         with contextlib.closing(prefetched):
             while True:
-                asked = time.perf_counter()
+                asked = self.clock()
                 batch = next(prefetched, None)
-                waited += time.perf_counter() - asked
+                waited += self.clock() - asked
                 if batch is None:
                     break
                 tokens += sizes.popleft()
                 state, metrics = self.program.step(state, batch)
+                self.startup.first_step()
                 handed += 1
                 pending.append(metrics)
                 if len(pending) > ARREARS:
                     read()
         while pending:
             read()
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         return state, {
             "epoch": epoch,
             "epochs": training.epochs,

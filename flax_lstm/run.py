@@ -35,6 +35,7 @@ from flax_lstm.settings import (
     recorded_config,
     with_absolute_paths,
 )
+from flax_lstm.startup import Startup
 from flax_lstm.train import make_optimizer, parallelize
 from flax_lstm.trained import Prediction, Run
 
@@ -57,6 +58,7 @@ def train(
     *,
     resume: bool = False,
     on_event: Callable[[Event], None] | None = None,
+    started: float | None = None,
 ) -> Run:
     """Trains, saves, restores what it saved, and tests it.
 
@@ -68,6 +70,8 @@ def train(
         configuration must be the recorded one, but `epochs` may grow; a schedule is
         then stretched over the new number from where the run goes on.
       on_event: Called with each event of `flax_lstm.events`.
+      started: When the time to the first step starts to count, by
+        `time.perf_counter`; now when None.
 
     Returns:
       The run, with the parameters that were tested.
@@ -78,6 +82,7 @@ def train(
       NonFiniteLossError: If a loss is not finite; earlier checkpoints stay.
       CheckpointError: If a checkpoint cannot be written or read.
     """
+    startup = Startup(time.perf_counter() if started is None else started)
     check_settings(config)
     config = with_absolute_paths(config)
     if folder is None:
@@ -99,11 +104,15 @@ def train(
                 f"{folder} already holds a run; continue it with --resume, or give "
                 "another folder. Nothing was changed."
             )
-        return _train(config, folder, resume, on_event or (lambda event: None))
+        return _train(config, folder, resume, on_event or (lambda event: None), startup)
 
 
 def _train(
-    config: Config, folder: Path, resume: bool, on_event: Callable[[Event], None]
+    config: Config,
+    folder: Path,
+    resume: bool,
+    on_event: Callable[[Event], None],
+    startup: Startup,
 ) -> Run:
     """Trains with the folder's lock held."""
     corpus = data.load(config.data, config.training.seed)
@@ -176,6 +185,7 @@ def _train(
                 metrics_file=metrics_file,
                 on_event=on_event,
                 meta=meta,
+                startup=startup,
             )
             placed = trainer.run(program.place_state(state), progress)
         del placed
@@ -190,6 +200,9 @@ def _train(
             epochs_done=progress.epoch,
             stopped_early=progress.epoch < config.training.epochs,
             seconds=time.perf_counter() - began,
+            startup_seconds=startup.seconds,
+            startup_compile_seconds=startup.compile_seconds,
+            wait_share=progress.wait_share(),
         )
     result = {
         name: value

@@ -1,6 +1,7 @@
 """The command line: what it parses, and what it says of wrong usage."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -117,3 +118,33 @@ def test_the_version_is_the_package_s(capsys):
     assert cli.main(["--version"]) == 0
     version = importlib.metadata.version("flax-lstm")
     assert capsys.readouterr().out == f"flax-lstm {version}\n"
+
+
+KEEP = """
+import sys, jax
+from flax_lstm import cli
+command = cli.parse(["predict", "nowhere", "a text", *sys.argv[1:]])
+cli.keep_programs(command)
+print(jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "kept"),
+    [
+        ([], {"XDG_CACHE_HOME": "{}/home"}, "{}/home/flax-lstm/xla"),
+        ([], {"JAX_COMPILATION_CACHE_DIR": "{}/mine"}, "{}/mine"),
+        (["--no-compilation-cache"], {}, "False"),
+        ([], {"JAX_ENABLE_COMPILATION_CACHE": "0"}, "False"),
+    ],
+    ids=["user's cache", "variable", "flag", "JAX's switch"],
+)
+def test_programs_are_kept_unless_told_otherwise(tmp_path, flags, variables, kept):
+    clean = {n: v for n, v in os.environ.items() if not n.startswith("JAX_COMP")}
+    done = subprocess.run(
+        [sys.executable, "-c", KEEP, *flags],
+        capture_output=True,
+        text=True,
+        env=clean | {name: v.format(tmp_path) for name, v in variables.items()},
+    )
+    assert done.stdout.strip() == kept.format(tmp_path), done.stderr

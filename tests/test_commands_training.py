@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite_is_1(capsys, monkeypatch, tmp_path):
 def test_a_keyboard_interrupt_is_130_and_says_how_to_go_on(
     capsys, monkeypatch, tmp_path
 ):
-    def interrupted(config, folder, *, resume, on_event):
+    def interrupted(config, folder, *, resume, on_event, started):
         on_event(
             run.RunStarted(tmp_path / "r", config, {}, 2, 1, 1, ("cpu",), first_epoch=1)
         )
@@ -66,7 +66,13 @@ def test_training_prints_an_epoch_a_line_and_the_test_accuracy(demo_run):
         assert f"Epoch: {epoch['epoch']}/2 Batch: " in line
         assert f"Train Loss: {epoch['train_loss']:.3f} " in line
         assert line.endswith(f"Val Accuracy: {epoch['validation_accuracy']:.3f}")
-    accuracy = json.loads((folder / "summary.json").read_text())["result"]["test"]
+    result = json.loads((folder / "summary.json").read_text())["result"]
+    accuracy = result["test"]
+    assert (
+        f"First step after {result['startup_seconds']:.1f} s, of which compilation "
+        f"{result['startup_compile_seconds']:.1f} s; input wait "
+        f"{result['wait_share']:.1%} of the training time.\n"
+    ) in out
     assert f"\nTest Accuracy: {accuracy['accuracy']:.3f}\n" in out
     assert "\x1b" not in out  # not a terminal
     for text in cli.DEMO_TEXTS:

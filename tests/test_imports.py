@@ -23,7 +23,7 @@ WORK = "data batching optim parallel train checkpoint"
 ARROWS = {
     "__init__": CORE,
     "cell": "",
-    "config": "",
+    "config": "choice",
     "pooling": "",
     "demo_corpus": "",
     "dropout": "cell",
@@ -57,14 +57,15 @@ ARROWS = {
     "folder": "config",
     "environment": "",
     "events": "config",
-    "epochs": f"config {WORK} events folder",
+    "startup": "",
+    "epochs": f"config {WORK} events folder startup",
     "settings": "config folder",
     "model_state": f"{MODULES} checkpoint train",
     "trained": "batching config data checkpoint folder model_state settings train",
     "run": "config data checkpoint environment epochs events folder model_state "
-    "settings train trained",
+    "settings startup train trained",
     "commands": "config events report run trained",
-    "cli": "commands config",
+    "cli": "commands config environment startup",
     "kernels": "cell",
     "experiments": f"{MODULES} {WORK} convert environment events folder model_state "
     "report run cli kernels",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_runs import TUTORIAL, Stop, bits, make_config
 
-from flax_lstm import epochs, run
+from flax_lstm import data, epochs, run
 from flax_lstm import folder as files
 from flax_lstm.config import Config, UserError
 from flax_lstm.events import EpochDone, Finished, RunStarted, StepDone
@@ -41,6 +41,10 @@ def test_a_run_folder_holds_all_of_the_run(trained, source):
     summary = json.loads((result.folder / "summary.json").read_text())
     assert summary["data"]["rows"] == {"train": 64, "validation": 8, "test": 8}
     assert summary["result"]["test"] == result.metrics["test"]
+    started = summary["result"]["startup_seconds"]
+    assert 0 < summary["result"]["startup_compile_seconds"] < started
+    waited = [epoch["wait_share"] for epoch in result.metrics["epochs"]]
+    assert min(waited) <= summary["result"]["wait_share"] <= max(waited)
 
 
 def test_events_tell_the_story_in_order(trained):
@@ -108,6 +112,20 @@ def test_every_epoch_has_an_order_of_its_own(source, tmp_path, monkeypatch):
     run.train(make_config(source, epochs=2), tmp_path / "run")
     run.train(make_config(source, epochs=3), tmp_path / "run", resume=True)
     assert asked == [(0, 1), (0, 2), (0, 3)]
+
+
+def test_texts_become_ids_once_and_not_in_every_epoch(source, tmp_path, monkeypatch):
+    """The three parts are encoded one after another; four epochs add nothing."""
+    encoded = []
+
+    def spy(self, texts, *rest):
+        encoded.append(len(texts))
+        return encode_flat(self, texts, *rest)
+
+    encode_flat = data.TextTokenizer.encode_flat
+    monkeypatch.setattr(data.TextTokenizer, "encode_flat", spy)
+    run.train(make_config(source), tmp_path / "run")
+    assert encoded == [64, 8, 8]
 
 
 def test_a_run_stopped_before_its_first_epoch_can_be_resumed(source, tmp_path, trained):

@@ -21,6 +21,16 @@ Texts = Annotated[
 ]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command takes that computes."""
+
+    no_compilation_cache: Flag = False
+    """Compile anew; compiled programs are otherwise kept for the next command."""
+    debug: Flag = False
+    """Show where an error came from."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """Where a configuration starts from; flags are put over it."""
@@ -36,7 +46,7 @@ class Start:
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(Start):
+class Train(Start, Common):
     """Trains a classifier, tests it, and leaves everything in a run folder.
 
     Without any flag it trains on the embedded demo corpus of generated sentences.
@@ -46,13 +56,11 @@ class Train(Start):
     """Print nothing but the test accuracy."""
     print_config: Flag = False
     """Print the settings that would be used, as --config reads them, and stop."""
-    debug: Flag = False
-    """Show where an error came from."""
     settings: Annotated[Config, tyro.conf.arg(name="")] = PRESETS["default"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Common):
     """Tests a trained run on a part of its own data, or on other data."""
 
     run: RunFolder
@@ -67,12 +75,10 @@ class Evaluate:
     """Column of the label in --data; found by its name when not given."""
     format: Literal["text", "json"] = "text"
     """Lines to read, or one JSON object."""
-    debug: Flag = False
-    """Show where an error came from."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Predict:
+class Predict(Common):
     """Scores texts: from the arguments, from a file, or from the standard input.
 
     A file or the standard input is UTF-8 with one text on each line; an empty line is
@@ -87,20 +93,16 @@ class Predict:
     """File of texts, one on each line."""
     format: Literal["text", "jsonl"] = "text"
     """`text`: score, label, text. `jsonl`: one JSON object on each line."""
-    debug: Flag = False
-    """Show where an error came from."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Trace:
+class Trace(Common):
     """Shows how the score of a text moves, word by word, in colour."""
 
     run: RunFolder
     """Run folder."""
     texts: Texts = ()
     """Texts to trace. None: read the standard input, one text on each line."""
-    debug: Flag = False
-    """Show where an error came from."""
 
 
 Command = Train | Evaluate | Predict | Trace

@@ -29,8 +29,13 @@ class Terminated(BaseException):
     """SIGTERM was received; no `Exception`, so that nothing takes it for an error."""
 
 
-def train(command: Train) -> None:
-    """Trains, tests, and shows what a person wants to see of it."""
+def train(command: Train, started: float | None = None) -> None:
+    """Trains, tests, and shows what a person wants to see of it.
+
+    Args:
+      command: What was asked for.
+      started: When the command started, by `time.perf_counter`.
+    """
     from flax_lstm import run as runs
 
     if command.resume and command.out is None:
@@ -45,7 +50,11 @@ def train(command: Train) -> None:
     try:
         with terminating(follow), shown:
             run = runs.train(
-                command.settings, command.out, resume=command.resume, on_event=follow
+                command.settings,
+                command.out,
+                resume=command.resume,
+                on_event=follow,
+                started=started,
             )
     except (KeyboardInterrupt, Terminated):
         if follow.folder is not None:
