@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -175,7 +176,7 @@ def test_numbers_are_short():
 
 
 def finished(**changes) -> Finished:
-    values = dict(folder=None, test=None, tested_epoch=2, best_epoch=2, epochs_done=3)
+    values = dict(folder=Path(), test=None, tested_epoch=2, best_epoch=2, epochs_done=3)
     values |= dict(stopped_early=False, seconds=75.0, wait_share=0.004)
     values |= dict(startup_seconds=5.25, startup_compile_seconds=1.96)
     return Finished(**values | changes)
