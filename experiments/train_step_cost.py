@@ -19,7 +19,9 @@ are timed, and the epoch is scaled up from them.
 
 The candidates take turns within one process and each step is waited for; compilation
 is told apart. `wall` is the time that passed, `cpu` that of the process's CPUs, which
-counts no waiting for others on a shared machine. Two threads for each.
+counts no waiting for others on a shared machine. Each has as many threads as there are
+CPUs for this process (`taskset` makes them fewer). Freed memory is kept for the next
+step, as `flax-lstm train` does, for all of them (`--system-malloc`: for none).
 
 Writes results/train_step_cost.csv.
 """
@@ -28,6 +30,7 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,11 +45,12 @@ from flax import linen as nn
 
 from flax_lstm import convert, data, environment
 from flax_lstm.config import TUTORIAL, Config
+from flax_lstm.host_memory import keep_freed_memory
 from flax_lstm.model_state import classifier, initial_carry
 from flax_lstm.train import init_train_state, make_optimizer, parallelize
 
 RESULTS = Path(__file__).parent / "results" / "train_step_cost.csv"
-THREADS = 2
+THREADS = len(os.sched_getaffinity(0))
 PADDED = 40
 TUTORIAL_PADDED = 244
 VOCABULARY = 32_000
@@ -334,8 +338,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--epoch-rounds", type=int, default=LONG_ROUNDS)
     parser.add_argument("--implementations", nargs="+", default=["xla", "cpu"])
+    parser.add_argument("--system-malloc", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
+    kept = not asked.system_malloc and keep_freed_memory()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     config = settings(asked.data, library="linen")
@@ -413,6 +419,7 @@ def main() -> None:
     common = {
         "device": facts["devices"][0],
         "threads": THREADS,
+        "freed_memory_kept": kept,
         "jax": facts["packages"]["jax"],
         "torch": torch.__version__,
         "commit": facts["commit"],

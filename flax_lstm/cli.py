@@ -43,6 +43,7 @@ from flax_lstm.commands.terminal import (
 from flax_lstm.commands.training import DEMO_TEXTS, Terminated, train
 from flax_lstm.config import PRESETS, Config, UserError
 from flax_lstm.environment import use_compilation_cache
+from flax_lstm.host_memory import keep_freed_memory
 from flax_lstm.startup import process_start
 
 __all__ = ["DEMO_TEXTS", "Train", "execute", "main", "parse"]
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         command = parse(argv)
+        if isinstance(command, Train):
+            keep_freed_memory()
         if command is not None:
             execute(command, started)
         sys.stdout.flush()  # here, so that a closed pipe shows before the end

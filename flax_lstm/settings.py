@@ -9,6 +9,7 @@ import jax
 
 from flax_lstm import folder as files
 from flax_lstm.config import Config, UserError
+from flax_lstm.host_memory import machine_bytes
 
 
 def recorded_config(folder: str | Path) -> Config:
@@ -66,8 +67,23 @@ def check_same_data(
             )
 
 
+def least_bytes(config: Config) -> int:
+    """Returns what training takes at the very least: one word, one step, float32.
+
+    Weights, their gradients and two slots of the optimiser; of the activations the word
+    vectors, gates and states of a batch of texts of one word. The true need is larger
+    by the vocabulary and the length of the texts.
+    """
+    model = config.model
+    inputs = (model.embedding_size, *model.features[:-1])
+    layers = list(zip(inputs, model.features, strict=True))
+    weights = model.embedding_size + sum(4 * h * (i + h + 1) for i, h in layers)
+    activations = model.embedding_size + 6 * sum(model.features)
+    return 4 * (4 * weights + config.data.batch_size * activations)
+
+
 def check_settings(config: Config) -> None:
-    """Raises UserError where a number is outside its range."""
+    """Raises UserError where a number is outside its range, or the memory's."""
     model, training, source = config.model, config.training, config.data
     least_one = {
         "training.epochs": training.epochs,
@@ -102,6 +118,14 @@ def check_settings(config: Config) -> None:
         for name, value in values.items():
             if not fits(value):
                 raise UserError(f"setting {name} must be {words}; got {value!r}.")
+    least, there_is = least_bytes(config), machine_bytes()
+    if there_is is not None and least > there_is:
+        raise UserError(
+            f"training needs {least / 2**30:,.0f} GiB of memory at the least, for "
+            f"model.features {model.features}, model.embedding_size "
+            f"{model.embedding_size} and data.batch_size {source.batch_size}; this "
+            f"machine has {there_is / 2**30:,.0f} GiB. Make one of them smaller."
+        )
     if jax.dtypes.canonicalize_dtype(model.dtype).name != model.dtype:
         raise UserError(
             f"setting model.dtype = {model.dtype!r} needs JAX's 64-bit types; set "

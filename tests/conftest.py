@@ -147,7 +147,7 @@ def stdin(monkeypatch, tmp_path) -> Callable[[bytes], None]:
         path = tmp_path / "stdin"
         path.write_bytes(content)
         # Stays open for the test to read, as a standard input does.
-        opened = open(path, encoding="utf-8")  # noqa: SIM115 closed by the garbage
+        opened = open(path, encoding="utf-8")  # noqa: SIM115 open for the test
         monkeypatch.setattr(sys, "stdin", opened)
 
     return give

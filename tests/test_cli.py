@@ -1,6 +1,7 @@
 """The command line: what it parses, and what it says of wrong usage."""
 
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -52,6 +53,20 @@ def test_every_setting_has_a_flag_and_a_help_text(capsys, monkeypatch):
         for field in dataclasses.fields(section.type):
             assert f"--{field.name.replace('_', '-')}" in shown
     assert "Texts in one training step." in shown
+
+
+def test_help_breaks_lines_at_the_edge_of_the_terminal_only(capsys, monkeypatch):
+    """On a very wide one, what the classes say of a setting is all on one line."""
+    monkeypatch.setenv("COLUMNS", "3000")  # panels stand side by side
+    assert cli.main(["train", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for section in dataclasses.fields(Config):
+        doc = " ".join(inspect.getdoc(section.type).split("Attributes:")[1].split())
+        names = [field.name for field in dataclasses.fields(section.type)]
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            _, _, text = doc.partition(f"{name}: ")
+            text = text.partition(f" {following}: ")[0] if following else text
+            assert any(text in line for line in lines), f"{name}: {text}"
 
 
 def test_help_shows_the_defaults_of_the_preset_asked_about(capsys):

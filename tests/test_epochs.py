@@ -10,7 +10,7 @@ import pytest
 from flax_lstm import epochs
 from flax_lstm.config import Config
 from flax_lstm.data import Batch
-from flax_lstm.epochs import Progress, Tally, Trainer, counted
+from flax_lstm.epochs import Progress, Tally, Trainer, counted, merit
 from flax_lstm.startup import Startup
 from flax_lstm.train import TrainState
 
@@ -44,7 +44,7 @@ def test_the_tally_is_the_mean_over_rows_not_over_batches():
 def test_patience_counts_from_the_first_of_equals():
     progress, best = Progress(), []
     for accuracy in (0.5, 0.7, 0.7, 0.6):
-        best.append(progress.note(accuracy))
+        best.append(progress.note(accuracy, 0.2))
     assert best == [True, True, False, False]
     assert (progress.best_epoch, progress.best_accuracy) == (2, 0.7)
     assert [progress.out_of_patience(n) for n in (None, 3, 2, 1)] == [
@@ -53,6 +53,20 @@ def test_patience_counts_from_the_first_of_equals():
         True,
         True,
     ]
+
+
+def test_the_lower_loss_decides_between_equal_accuracies():
+    """And so do the checkpoints, which know one number of each epoch."""
+    epochs_done = [(0.7, 0.3), (0.7, 0.2), (0.7, 0.2), (0.8, 5.0), (0.7, 0.0)]
+    progress = Progress()
+    got = [progress.note(accuracy, loss) for accuracy, loss in epochs_done]
+    assert got == [True, True, False, True, False]
+    assert (progress.best_epoch, progress.best_loss) == (4, 5.0)
+    merits = [merit(n, *done) for n, done in enumerate(epochs_done)]
+    assert merits[0] < merits[1] == merits[2] < merits[4] < merits[3]
+    million = 1_000_000  # rows, of which one more is right, with the worst of losses
+    assert merit(1, 1 / million, 1e30) > merit(2, 0.0, 0.0)
+    assert merit(7, None, None) == 7.0
 
 
 def test_tokens_are_those_of_the_texts_where_lengths_are_known():

@@ -58,17 +58,18 @@ ARROWS = {
     "environment": "",
     "events": "config",
     "startup": "",
+    "host_memory": "",
     "epochs": f"config {WORK} events folder startup",
-    "settings": "config folder",
+    "settings": "config folder host_memory",
     "model_state": f"{MODULES} checkpoint train",
     "trained": "batching config data checkpoint folder model_state settings train",
     "run": "config data checkpoint environment epochs events folder model_state "
     "settings startup train trained",
     "commands": "config events report run trained",
-    "cli": "commands config environment startup",
+    "cli": "commands config environment host_memory startup",
     "kernels": "cell",
-    "experiments": f"{MODULES} {WORK} convert environment events folder model_state "
-    "report run cli kernels",
+    "experiments": f"{MODULES} {WORK} convert environment events folder host_memory "
+    "model_state report run cli kernels",
 }
 # Third-party packages that only these nodes touch.
 OWNERS = {

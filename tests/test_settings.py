@@ -3,7 +3,7 @@
 import pytest
 from small_runs import make_config
 
-from flax_lstm import run
+from flax_lstm import run, settings
 from flax_lstm.config import UserError
 
 
@@ -35,3 +35,32 @@ def test_settings_out_of_range_are_refused(source, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         run.train(make_config(source, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"features": (10**9,)}, r"model.features \(1000000000,\)"),
+        ({"embedding_size": 10**12}, "model.embedding_size 1000000000000"),
+        ({"batch_size": 10**11}, "data.batch_size 100000000000"),
+    ],
+    ids=["features", "embedding_size", "batch_size"],
+)
+def test_what_no_memory_holds_is_refused_before_it_is_tried(
+    source, tmp_path, changes, name
+):
+    with pytest.raises(UserError, match=rf"needs [\d,]+ GiB .*{name}.* machine has"):
+        run.train(make_config(source, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_least_memory_is_below_what_a_state_and_a_step_hold(source):
+    """Counted by hand: 4 floats a weight, and a batch of 16 texts of one word."""
+    config = make_config(source, embedding_size=3, features=(5, 2))
+    weights = 3 + 4 * 5 * (3 + 5 + 1) + 4 * 2 * (5 + 2 + 1)
+    assert settings.least_bytes(config) == 4 * (4 * weights + 16 * (3 + 6 * (5 + 2)))
+
+
+def test_a_machine_that_does_not_tell_its_memory_refuses_nothing(source, monkeypatch):
+    monkeypatch.setattr(settings, "machine_bytes", lambda: None)
+    settings.check_settings(make_config(source, features=(10**9,)))
