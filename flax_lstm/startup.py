@@ -18,9 +18,9 @@ def compile_clock() -> Callable[[], float]:
     """Returns a function that tells the seconds of compiling since this first call."""
     total = [0.0]
 
-    def listen(event: str, seconds: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: object) -> None:
         if event == COMPILED:
-            total[0] += seconds
+            total[0] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: total[0]
