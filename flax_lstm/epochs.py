@@ -45,7 +45,7 @@ class Progress:
     epoch: int = 0
     best_epoch: int | None = None
     best_accuracy: float | None = None
-    best_loss: float = math.inf
+    best_loss: float | None = None
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def note(self, accuracy: float | None, loss: float | None) -> bool:
@@ -57,10 +57,8 @@ class Progress:
         self.epoch += 1
         if accuracy is None or loss is None:
             return True
-        if self.best_accuracy is not None and (accuracy, -loss) <= (
-            self.best_accuracy,
-            -self.best_loss,
-        ):
+        best = (self.best_accuracy, -(self.best_loss or 0.0))
+        if best[0] is not None and (accuracy, -loss) <= best:
             return False
         self.best_epoch, self.best_accuracy = self.epoch, accuracy
         self.best_loss = loss
