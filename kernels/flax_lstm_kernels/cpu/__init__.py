@@ -77,7 +77,8 @@ def built(compiler: str) -> Path:
     Its name is a digest of all that it depends on, this machine's processor included,
     so that a cache folder shared by several machines holds one for each.
     """
-    parts = [SOURCE.read_bytes(), compiler.encode(), " ".join(FLAGS).encode()]
+    sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
+    parts = [*(path.read_bytes() for path in sources), compiler.encode(), " ".join(FLAGS).encode()]
     parts += [version("jaxlib").encode(), processor().encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -7,251 +7,24 @@
 // Panels   Weights are packed once per call into panels [K][WIDTH]: in the forward pass
 //          one panel holds the four gates of LANES units, so that a register tile ends
 //          with all it needs for c and h.
-// Tile     ROWS rows by 4 vectors, in registers over all of K. Every product of the
-//          file, forward, backward and of the weights' gradient, is this one.
+// Tile     ROWS rows by 4 vectors, in registers (products.h). Every product, forward,
+//          backward and of the weights' gradient, is this one; but where there are too
+//          few rows to pay for packing, the weights are read as they lie.
 // Rows     are visited by falling length and only while they are alive: the padding of
 //          a batch is neither read nor computed. A reset reads a row of zeros as h, c.
 // Threads  split the rows when there are many (no waiting for one another), else the
 //          panels of each step, each thread staying with its own, in its own cache.
-//          One that comes late or never finds its work done by the others.
 // Order    Every sum runs in an order that depends on neither threads nor tiles: the
 //          same call gives the same bits.
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
 #include <numeric>
-#include <thread>
 #include <vector>
 
+#include "phases.h"
+#include "products.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
-using std::int64_t;
-
-// Vector width in floats, and rows of a register tile: ROWS * 4 accumulators, 4 weights
-// and a broadcast value fit the 32 (AVX-512, NEON) or 16 (AVX2) registers.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 6;
-#elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 3;
-#else
-constexpr int LANES = 4, ROWS = 6;
-#endif
-constexpr int WIDTH = 4 * LANES;  // floats of one panel row
-
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef std::int32_t Int __attribute__((vector_size(LANES * 4)));
-
-static inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
-static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-static inline Vec load(const float* p, int n) {  // the first n lanes, the others 0
-  if (n >= LANES) return load(p);
-  Vec v = {};
-  std::memcpy(&v, p, n * sizeof(float));
-  return v;
-}
-static inline void store(float* p, Vec v, int n) {
-  if (n >= LANES) return store(p, v);
-  std::memcpy(p, &v, n * sizeof(float));
-}
-static inline Vec full(float x) { return x - Vec{}; }  // 0 + x would lose a -0
-
-// Floats that start on a cache line: a vector across two of them costs twice.
-struct Floats {
-  std::unique_ptr<float, decltype(&std::free)> data{nullptr, &std::free};
-  int64_t size = 0;
-  float* resize(int64_t n) {  // contents are lost
-    if (n > size) {
-      const std::size_t bytes = (n * sizeof(float) + 63) / 64 * 64;
-      data.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-      size = n;
-    }
-    return data.get();
-  }
-  float* operator+(int64_t at) const { return data.get() + at; }
-};
-
-// exp(x) for |x| <= 87: x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 split in two parts
-// (Cody & Waite 1980), e^r by its Taylor series to r^7 (relative error 4e-9).
-static inline Vec exp(Vec x) {
-  x = x > 87.0f ? full(87.0f) : x;
-  x = x < -87.0f ? full(-87.0f) : x;
-  const Vec magic = full(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Vec n = (x * 1.44269504f + magic) - magic;
-  Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = full(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  // NaN survives through p; its n is garbage, so it must not index anything.
-  Int e = __builtin_convertvector(x == x ? n : Vec{}, Int);
-  Int bits = (e + 127) << 23;
-  return p * reinterpret_cast<Vec&>(bits);
-}
-static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
-// Near 0 the quotient cancels; there the odd series by the coefficients of Cephes'
-// tanhf (Moshier 1984-1995), good to 1 ulp below 0.625.
-static inline Vec tanh(Vec x) {
-  Vec e = exp(2.0f * x);
-  Vec far = 1.0f - 2.0f / (e + 1.0f);
-  Vec q = x * x;
-  Vec p = full(-5.70498872745e-3f);
-  p = p * q + 2.06390887954e-2f;
-  p = p * q + -5.37397155531e-2f;
-  p = p * q + 1.33314422036e-1f;
-  p = p * q + -3.33332819422e-1f;
-  Vec near = x + x * q * p;
-  return (q < 0.390625f) ? near : far;
-}
-
-// One product: rows of K floats by pointer, and a panel [K][WIDTH].
-struct Factor {
-  int64_t K;
-  const float* const* a;
-  const float* panel;
-};
-
-// z[r][0:WIDTH] += sum over the factors and k of a[r][k] panel[k][0:WIDTH], R rows.
-template <int R>
-static void tile(const Factor* factors, int count, int64_t row, float* z) {
-  Vec sum[R][4];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) sum[r][j] = load(z + r * WIDTH + j * LANES);
-  for (int i = 0; i < count; i++) {
-    const float* const* a = factors[i].a + row;
-    const float* panel = factors[i].panel;
-    for (int64_t k = 0; k < factors[i].K; k++, panel += WIDTH) {
-      Vec w[4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) w[j] = load(panel + j * LANES);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        Vec x = full(a[r][k]);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) sum[r][j] += x * w[j];
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) store(z + r * WIDTH + j * LANES, sum[r][j]);
-}
-
-// Products of m rows: begin(r, z) gives what to add to, end(r, z) takes the sum.
-template <class Begin, class End>
-static inline void product(int64_t m, const Factor* factors, int count, Begin begin,
-                           End end) {
-  alignas(64) float z[ROWS * WIDTH];
-  for (int64_t row = 0; row < m; row += ROWS) {
-    const int n = std::min<int64_t>(ROWS, m - row);
-    for (int r = 0; r < n; r++) begin(row + r, z + r * WIDTH);
-    switch (n) {
-      case 1: tile<1>(factors, count, row, z); break;
-      case 2: tile<2>(factors, count, row, z); break;
-      case 3: tile<3>(factors, count, row, z); break;
-      case 4: tile<4>(factors, count, row, z); break;
-      case 5: tile<5>(factors, count, row, z); break;
-      default: tile<ROWS>(factors, count, row, z);
-    }
-    for (int r = 0; r < n; r++) end(row + r, z + r * WIDTH);
-  }
-}
-
-static inline void clear_row(float* z) { std::memset(z, 0, WIDTH * sizeof(float)); }
-
-// Panel p of [K][4H] weights: row k holds gate j of units p*LANES.. at j*LANES.
-static void pack_gates(const float* w, int64_t K, int64_t H, int64_t p, float* out) {
-  const int n = std::min<int64_t>(LANES, H - p * LANES);
-  for (int64_t k = 0; k < K; k++)
-    for (int j = 0; j < 4; j++)
-      store(out + k * WIDTH + j * LANES, load(w + (k * 4 + j) * H + p * LANES, n));
-}
-
-// Transposes the rows a[0..n) of K floats, n <= WIDTH: out[k][u] = a[u][k], 0 past n.
-static void transpose(const float* const* a, int64_t n, int64_t K, float* out,
-                      int64_t stride) {
-  const int64_t step = 16;  // blocks, so that both sides stay in the cache
-  for (int64_t k0 = 0; k0 < K; k0 += step) {
-    const int64_t k1 = std::min(k0 + step, K);
-    for (int64_t u = 0; u < n; u++)
-      for (int64_t k = k0; k < k1; k++) out[k * stride + u] = a[u][k];
-  }
-}
-
-// Panel p of the transpose of w [M][K]: row k holds w[p*WIDTH + 0 .. WIDTH-1][k].
-static void pack_transposed(const float* w, int64_t M, int64_t K, int64_t p,
-                            float* out) {
-  const int64_t n = std::min<int64_t>(WIDTH, M - p * WIDTH);
-  const float* rows[WIDTH];
-  for (int64_t u = 0; u < n; u++) rows[u] = w + (p * WIDTH + u) * K;
-  if (n < WIDTH) std::memset(out, 0, K * WIDTH * sizeof(float));
-  transpose(rows, n, K, out, WIDTH);
-}
-
-// Numbered tasks in phases: a task starts when all tasks of earlier phases are done.
-// A thread takes the tasks that are its own first, so that what they use stays in its
-// cache, then whatever others have not begun.
-class Phases {
- public:
-  using Task = std::function<void(int64_t phase, int64_t task)>;
-  Phases(std::vector<int64_t> counts, Task task, int64_t threads)
-      : task_(std::move(task)), threads_(threads) {
-    first_.push_back(0);
-    for (int64_t n : counts) first_.push_back(first_.back() + n);
-    const int64_t most = *std::max_element(counts.begin(), counts.end());
-    taken_ = std::vector<std::atomic<int64_t>>(most);
-  }
-  void work(int64_t self) {
-    const int64_t all = first_.size() - 1;
-    for (int64_t phase = 0; phase < all; phase++) {
-      const int64_t n = first_[phase + 1] - first_[phase];
-      if (done_.load(std::memory_order_acquire) >= first_[phase + 1]) continue;
-      wait(first_[phase]);
-      for (int64_t turn = 0; turn < threads_; turn++)
-        for (int64_t i = (self + turn) % threads_; i < n; i += threads_)
-          if (take(phase, i)) {
-            task_(phase, i);
-            done_.fetch_add(1, std::memory_order_release);
-          }
-    }
-  }
-  void wait(int64_t n) const {
-    for (int spins = 0; done_.load(std::memory_order_acquire) < n; spins++)
-      if (spins > 2000) std::this_thread::yield();
-  }
-  void finish() { work(0); wait(first_.back()); }
-
- private:
-  bool take(int64_t phase, int64_t i) {
-    int64_t next = taken_[i].load(std::memory_order_relaxed);
-    while (next <= phase)
-      if (taken_[i].compare_exchange_weak(next, phase + 1)) return true;
-    return false;
-  }
-  std::vector<int64_t> first_;
-  Task task_;
-  int64_t threads_;
-  std::vector<std::atomic<int64_t>> taken_;  // the next phase in which i is free
-  std::atomic<int64_t> done_{0};
-};
-
-static void run(ffi::ThreadPool& pool, int64_t threads, std::vector<int64_t> counts,
-                Phases::Task task) {
-  auto phases = std::make_shared<Phases>(std::move(counts), std::move(task), threads);
-  for (int64_t i = 1; i < threads; i++) pool.Schedule([phases, i] { phases->work(i); });
-  phases->finish();
-}
 
 // What a call is about: sizes, and the rows of the batch by falling length.
 struct Batch {
@@ -302,8 +75,10 @@ struct Share {
 // together, and the threads share the panels of each step.
 static bool split_rows(int64_t B, int64_t H, int64_t threads) {
   if (const char* s = std::getenv("FLAX_LSTM_SPLIT")) return s[0] == 'r';
-  return threads == 1 || B >= (H <= 256 ? 8 : 16) * threads;
+  return B >= 4 * ROWS * threads;
 }
+// So few steps that to pack the weights would cost more than the products.
+static bool few(const Batch& batch) { return batch.T * batch.B <= 4; }
 
 static thread_local std::vector<const float*> pointers[2];
 static const float** rows_of(int i, int64_t n) {
@@ -405,14 +180,15 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
               resets.element_count() ? resets.typed_data() : nullptr);
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   Forward call{batch, I, x.typed_data(), bias.typed_data(), h0.typed_data(),
-               hs->typed_data(), cT->typed_data(), hT->typed_data(),
-               keep ? before->typed_data() : nullptr,
-               keep ? gates->typed_data() : nullptr};
+               large_pages(hs->typed_data(), T * B * H), cT->typed_data(),
+               hT->typed_data(),
+               keep ? large_pages(before->typed_data(), T * B * H) : nullptr,
+               keep ? large_pages(gates->typed_data(), T * B * 4 * H) : nullptr};
   const int64_t P = call.panels(), S = batch.longest;
   call.kernel.resize(P * I * WIDTH);
   call.recurrent.resize(P * H * WIDTH);
   std::memset(call.zeros.resize(H + LANES), 0, (H + LANES) * sizeof(float));
-  pack_gates(bias.typed_data(), 1, H, 0, call.biases.resize(P * WIDTH));
+  call.biases.resize(P * WIDTH);
   for (int64_t p = 0; p < P; p++)
     pack_gates(bias.typed_data(), 1, H, p, call.biases + p * WIDTH);
   std::memcpy(call.cT, c0.typed_data(), B * H * sizeof(float));  // carried in place
@@ -553,7 +329,7 @@ struct Backward {
   }
   // Adds the listed rows to the gradient of the weights and the bias, columns of panel
   // p; rows m0 to m1 of [I + H].
-  void weights(int64_t p, int64_t m0, int64_t m1) {
+  void weights(int64_t p, int64_t m0, int64_t m1, bool first) {
     const int64_t H = batch.H, n = listed(), at = p * WIDTH;
     const int64_t width = std::min<int64_t>(WIDTH, 4 * H - at);
     static thread_local Floats copy;
@@ -575,8 +351,8 @@ struct Backward {
     product(
         m1 - m0, &factor, 1,
         [&](int64_t r, float* z) {
-          if (width < WIDTH) clear_row(z);
-          std::memcpy(z, out(r), width * sizeof(float));
+          if (first || width < WIDTH) clear_row(z);
+          if (!first) std::memcpy(z, out(r), width * sizeof(float));
         },
         [&](int64_t r, float* z) { std::memcpy(out(r), z, width * sizeof(float)); });
   }
@@ -605,8 +381,9 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
   Backward call{batch, I, dhs.typed_data(), dhT.typed_data(), x.typed_data(),
                 h0.typed_data(), hs.typed_data(), gates.typed_data(),
                 before.typed_data(),
-                dx->element_count() ? dx->typed_data() : nullptr,
-                dkernel->typed_data(), drecurrent->typed_data(), dbias->typed_data(),
+                dx->element_count() ? large_pages(dx->typed_data(), T * B * I) : nullptr,
+                large_pages(dkernel->typed_data(), I * 4 * H),
+                large_pages(drecurrent->typed_data(), H * 4 * H), dbias->typed_data(),
                 dc0->typed_data(), dh0->typed_data()};
   const int64_t P = call.panels(), PI = call.input_panels(), S = batch.longest;
   const int64_t PZ = (4 * H + WIDTH - 1) / WIDTH;
@@ -620,8 +397,10 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
   call.dz.resize((call.chunk + 1) * B * 4 * H);
   call.factors.resize((I + H) * call.chunk * B);
   std::memcpy(call.dc, dcT.typed_data(), B * H * sizeof(float));
-  std::memset(call.dkernel, 0, I * 4 * H * sizeof(float));
-  std::memset(call.drecurrent, 0, H * 4 * H * sizeof(float));
+  if (S == 0) {
+    std::memset(call.dkernel, 0, I * 4 * H * sizeof(float));
+    std::memset(call.drecurrent, 0, H * 4 * H * sizeof(float));
+  }
   std::memset(call.dbias, 0, 4 * H * sizeof(float));
   if (call.dx) batch.clear_padding(call.dx, I);
 
@@ -673,7 +452,8 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
       case PRODUCTS: {
         if (task < PZ * parts) {
           const int64_t part = task % parts, M = I + H;
-          return call.weights(task / parts, M * part / parts, M * (part + 1) / parts);
+          return call.weights(task / parts, M * part / parts, M * (part + 1) / parts,
+                              s1 == S);
         }
         const int64_t r0 = (task - PZ * parts) * block;
         for (int64_t p = 0; p < PI; p++)
