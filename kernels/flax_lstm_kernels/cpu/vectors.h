@@ -72,14 +72,17 @@ struct Floats {
   float* operator+(int64_t at) const { return data.get() + at; }
 };
 
-// exp(x) for |x| <= 87: x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 split in two parts
-// (Cody & Waite 1980), e^r by its Taylor series to r^7 (relative error 4e-9).
-static inline Vec exp(Vec x) {
-  x = x > 87.0f ? full(87.0f) : x;
-  x = x < -87.0f ? full(-87.0f) : x;
-  const Vec magic = full(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Vec n = (x * 1.44269504f + magic) - magic;
-  Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+// x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 split in two parts (Cody & Waite 1980), for
+// |x| <= 87, beyond which x counts as 87: then exp(x) = power (1 + rest), power = 2^n
+// and rest = e^r - 1 by its Taylor series to r^7 (relative error 4e-9).
+struct Exponential { Vec power, rest; };
+static inline Exponential exponential(Vec x) {
+  x = 87.0f < x ? full(87.0f) : x;  // NaN stays
+  x = -87.0f > x ? full(-87.0f) : x;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const Vec magic = full(12582912.0f), shifted = x * 1.44269504f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   Vec p = full(1.0f / 5040);
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
@@ -87,24 +90,17 @@ static inline Vec exp(Vec x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  // NaN survives through p; its n is garbage, so it must not index anything.
-  Int e = __builtin_convertvector(x == x ? n : Vec{}, Int);
-  Int bits = (e + 127) << 23;
-  return p * reinterpret_cast<Vec&>(bits);
+  const Int bits = (reinterpret_cast<const Int&>(shifted) << 23) + (127 << 23);
+  return {reinterpret_cast<const Vec&>(bits), p * r};
 }
-static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
-// Near 0 the quotient cancels; there the odd series by the coefficients of Cephes'
-// tanhf (Moshier 1984-1995), good to 1 ulp below 0.625.
+static inline Vec sigmoid(Vec x) {
+  const Exponential e = exponential(-x);
+  return 1.0f / ((e.power + 1.0f) + e.power * e.rest);
+}
+// tanh(x) = (e - 1) / (e + 1), e = exp(2x), where e - 1 = (power - 1) + power rest
+// loses nothing near 0.
 static inline Vec tanh(Vec x) {
-  Vec e = exp(2.0f * x);
-  Vec far = 1.0f - 2.0f / (e + 1.0f);
-  Vec q = x * x;
-  Vec p = full(-5.70498872745e-3f);
-  p = p * q + 2.06390887954e-2f;
-  p = p * q + -5.37397155531e-2f;
-  p = p * q + 1.33314422036e-1f;
-  p = p * q + -3.33332819422e-1f;
-  Vec near = x + x * q * p;
-  return (q < 0.390625f) ? near : far;
+  const Exponential e = exponential(2.0f * x);
+  const Vec less = (e.power - 1.0f) + e.power * e.rest;
+  return less / (less + 2.0f);
 }
