@@ -17,14 +17,18 @@ needs_kernel = pytest.mark.skipif(
     cpu.compiler() is None, reason="the kernel of the CPU needs a C++ compiler"
 )
 
-# (T, B, I, H): one unit; units past a vector; the rows shared out over the threads;
-# few rows, the panels shared out, in two chunks of projected inputs; K in two blocks.
+# (T, B, I, H): one unit; units past a vector; the rows shared out over the threads; few
+# rows, the panels shared out, in two chunks of projected inputs; panels deeper than a
+# block; so few steps that the weights are not packed.
 SHAPES = {
-    "one": (3, 1, 1, 1),
+    "one": (7, 3, 1, 1),
     "odd": (6, 5, 3, 21),
-    "rows": (4, 67, 10, 20),
+    "rows": (4, 211, 10, 20),
     "panels": (130, 5, 4, 40),
-    "wide": (3, 4, 140, 136),
+    "deep": (3, 25, 1030, 8),
+    "deep backward": (2, 4, 6, 260),
+    "step": (1, 1, 70, 70),
+    "few": (2, 2, 5, 37),
 }
 
 
@@ -73,7 +77,7 @@ def test_values_and_gradients_are_those_of_numpy(shape, masks, reverse):
         return results, transpose((LSTMState(d_c, d_h), d_y))
 
     ((c, h), y), gradients = run(params, x, state)
-    # A few roundings of float32 on sums of at most 140 terms, over 130 steps.
+    # A few roundings of float32 on sums of at most 1040 terms, over 130 steps.
     assert relative(y, want.outputs) < 1e-6
     assert relative(c, want.c) < 1e-6
     assert relative(h, want.h) < 1e-6

@@ -73,7 +73,7 @@ struct Share {
 
 // Many rows: each thread takes its share of them through all of time. Few: all rows
 // together, and the threads share the panels of each step.
-static bool split_rows(int64_t B, int64_t H, int64_t threads) {
+static bool split_rows(int64_t B, int64_t threads) {
   if (const char* s = std::getenv("FLAX_LSTM_SPLIT")) return s[0] == 'r';
   return B >= 4 * ROWS * threads;
 }
@@ -94,6 +94,7 @@ struct Forward {
   Floats kernel, recurrent, zeros, biases;
   Floats projected;   // [chunk][B][panels][WIDTH] when the panels are split
   int64_t chunk = 0;  // steps whose inputs are projected at once; 0 for none
+  const float *w, *r;  // the kernels as they lie
 
   int64_t panels() const { return (batch.H + LANES - 1) / LANES; }
   float* projection(int64_t slot, int64_t i, int64_t p) const {
@@ -146,6 +147,19 @@ struct Forward {
           [&](int64_t r, float* z) { activate(share.row(r), s, p, z); });
     }
   }
+  // The same with the weights as they lie.
+  void direct_step(int64_t s, int64_t p0, int64_t p1) {
+    const int64_t H = batch.H;
+    static thread_local Floats sums;
+    float* z = sums.resize((p1 - p0) * WIDTH);
+    for (int64_t i = 0; i < batch.alive[s]; i++) {
+      const int64_t b = batch.rows[i];
+      std::memcpy(z, biases + p0 * WIDTH, (p1 - p0) * WIDTH * sizeof(float));
+      direct_gates(r, H, H, h_before(b, s), p0, p1, z);
+      direct_gates(w, I, H, x + batch.at(b, s) * I, p0, p1, z);
+      for (int64_t p = p0; p < p1; p++) activate(b, s, p, z + (p - p0) * WIDTH);
+    }
+  }
   void activate(int64_t b, int64_t s, int64_t p, const float* z) {
     const int64_t H = batch.H, u = p * LANES, at = batch.at(b, s);
     const int lanes = std::min<int64_t>(LANES, H - u);
@@ -185,8 +199,7 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
                keep ? large_pages(before->typed_data(), T * B * H) : nullptr,
                keep ? large_pages(gates->typed_data(), T * B * 4 * H) : nullptr};
   const int64_t P = call.panels(), S = batch.longest;
-  call.kernel.resize(P * I * WIDTH);
-  call.recurrent.resize(P * H * WIDTH);
+  call.w = kernel.typed_data(), call.r = recurrent.typed_data();
   std::memset(call.zeros.resize(H + LANES), 0, (H + LANES) * sizeof(float));
   call.biases.resize(P * WIDTH);
   for (int64_t p = 0; p < P; p++)
@@ -197,44 +210,55 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
     batch.clear_padding(call.before, H);
     batch.clear_padding(call.gates, 4 * H);
   }
-  auto pack = [&](int64_t p) {
-    pack_gates(kernel.typed_data(), I, H, p, call.kernel + p * I * WIDTH);
-    pack_gates(recurrent.typed_data(), H, H, p, call.recurrent + p * H * WIDTH);
+  auto finish = [&] {
+    for (int64_t b = 0; b < B; b++) {
+      const int64_t n = batch.length(b);
+      const float* h = n ? call.hs + batch.at(b, n - 1) * H : call.h0 + b * H;
+      std::memcpy(call.hT + b * H, h, H * sizeof(float));
+    }
+    return ffi::Error::Success();
   };
-  if (split_rows(B, H, threads)) {
+  const int64_t tasks = std::min(P, threads);  // that share the panels
+  if (few(batch)) {
+    run(pool, threads, std::vector<int64_t>(std::max<int64_t>(S, 1), S ? tasks : 0),
+        [&](int64_t s, int64_t task) {
+          call.direct_step(s, P * task / tasks, P * (task + 1) / tasks);
+        });
+    return finish();
+  }
+  call.kernel.resize(P * I * WIDTH);
+  call.recurrent.resize(P * H * WIDTH);
+  auto pack = [&](int64_t p) {
+    pack_gates(call.w, I, H, p, call.kernel + p * I * WIDTH);
+    pack_gates(call.r, H, H, p, call.recurrent + p * H * WIDTH);
+  };
+  if (split_rows(B, threads)) {
     run(pool, threads, {P, threads}, [&](int64_t phase, int64_t task) {
       if (phase == 0) return pack(task);
       const Share share{batch, task, threads};
       for (int64_t s = 0; s < S; s++) call.step(share, s, 0, P);
-    }) ;
-  } else {
-    // The inputs of a chunk of steps are projected at once: one read of the kernel.
-    call.chunk = std::clamp<int64_t>(512 / std::max<int64_t>(B, 1), 1, std::max<int64_t>(S, 1));
-    call.projected.resize(call.chunk * B * P * WIDTH);
-    const int64_t tasks = std::min(P, threads);
-    std::vector<int64_t> counts{P}, start{0};
-    for (int64_t s = 0; s < S; s++) {
-      if (s % call.chunk == 0) {
-        counts.push_back(P);
-        start.push_back(-1 - s);  // stands for "project from s"
-      }
-      counts.push_back(tasks);
-      start.push_back(s);
-    }
-    const Share all{batch, 0, 1};
-    run(pool, threads, counts, [&](int64_t phase, int64_t task) {
-      const int64_t s = start[phase];
-      if (phase == 0) return pack(task);
-      if (s < 0) return call.project(-1 - s, std::min(call.chunk, S - (-1 - s)), task);
-      call.step(all, s, P * task / tasks, P * (task + 1) / tasks);
     });
+    return finish();
   }
-  for (int64_t b = 0; b < B; b++) {
-    const int64_t n = batch.length(b);
-    const float* h = n ? call.hs + batch.at(b, n - 1) * H : call.h0 + b * H;
-    std::memcpy(call.hT + b * H, h, H * sizeof(float));
+  // The inputs of a chunk of steps are projected at once: one read of the kernel.
+  call.chunk = std::clamp<int64_t>(512 / B, 1, std::max<int64_t>(S, 1));
+  call.projected.resize(call.chunk * B * P * WIDTH);
+  std::vector<int64_t> counts{P}, start{0};
+  for (int64_t s = 0; s < S; s++) {
+    if (s % call.chunk == 0) {
+      counts.push_back(P);
+      start.push_back(-1 - s);  // stands for "project from s"
+    }
+    counts.push_back(tasks);
+    start.push_back(s);
   }
-  return ffi::Error::Success();
+  run(pool, threads, counts, [&](int64_t phase, int64_t task) {
+    const int64_t s = start[phase];
+    if (phase == 0) return pack(task);
+    if (s < 0) return call.project(-1 - s, std::min(call.chunk, S - (-1 - s)), task);
+    call.step({batch, 0, 1}, s, P * task / tasks, P * (task + 1) / tasks);
+  });
+  return finish();
 }
 
 // Gradients go through time in chunks of steps. In one, first dz of its steps, the
@@ -250,6 +274,7 @@ struct Backward {
   Floats dz;       // [chunk + 1][B][4H], step s in slot s % (chunk + 1)
   Floats factors;  // [I + H][rows of the chunk]: inputs and h before, transposed
   int64_t chunk = 1;
+  const float *w, *r;  // the kernels as they lie
   // The rows of the chunk in hand: dz, inputs, h before, where dx goes.
   std::vector<const float*> dzs, xs, hs_before;
   std::vector<float*> dxs;
@@ -277,6 +302,19 @@ struct Backward {
       };
       product(later, &factor, 1, [](int64_t, float* z) { clear_row(z); }, end);
       for (int64_t r = later; r < n; r++) end(r, nullptr);
+    }
+  }
+  // The same with the weights as they lie.
+  void direct_step(int64_t s, int64_t p0, int64_t p1) {
+    const int64_t H = batch.H;
+    for (int64_t i = 0; i < (s < 0 ? batch.B : batch.alive[s]); i++) {
+      const bool later = i < batch.alive[s + 1];
+      for (int64_t p = p0; p < p1; p++) {
+        float z[WIDTH];
+        const int64_t u = p * WIDTH, n = std::min<int64_t>(WIDTH, H - u);
+        if (later) direct_rows(r + u * 4 * H, n, 4 * H, dz_of(s + 1, i), z);
+        unit(batch.rows[i], i, s, p, later, z);
+      }
     }
   }
   void unit(int64_t b, int64_t i_row, int64_t s, int64_t p, bool later, const float* z) {
@@ -366,6 +404,28 @@ struct Backward {
           std::memcpy(dxs[r0 + r] + at, z, width * sizeof(float));
         });
   }
+  // All that the listed rows give, with the weights as they lie: rows m0 to m1 of the
+  // weights' gradient [I + H], and columns m0 to m1 of the inputs'.
+  void direct_products(int64_t m0, int64_t m1) {
+    const int64_t G = 4 * batch.H;
+    for (int64_t m = m0; m < m1; m++) {
+      float* out = m < I ? dkernel + m * G : drecurrent + (m - I) * G;
+      for (int64_t n = 0; n < G; n += LANES) {
+        const int lanes = std::min<int64_t>(LANES, G - n);
+        Vec sum = {};
+        for (int64_t i = 0; i < listed(); i++)
+          sum += (m < I ? xs[i][m] : hs_before[i][m - I]) * load(dzs[i] + n, lanes);
+        store(out + n, sum, lanes);
+      }
+    }
+    if (m0 == 0 && m1 > 0)
+      for (const float* row : dzs)
+        for (int64_t n = 0; n < G; n++) dbias[n] += row[n];
+    const int64_t end = std::min(m1, I);
+    if (dx && m0 < end)
+      for (int64_t i = 0; i < listed(); i++)
+        direct_rows(w + m0 * G, end - m0, G, dzs[i], dxs[i] + m0);
+  }
 };
 
 static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 x,
@@ -391,8 +451,12 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
   // is seldom moved; not so many that dz leaves the cache.
   const int64_t target = H < 512 ? 256 : 512;
   call.chunk = std::clamp<int64_t>(target / B, 1, std::max<int64_t>(S, 1));
-  call.recurrent.resize(P * 4 * H * WIDTH);
-  call.kernel.resize(PI * 4 * H * WIDTH);
+  const bool direct = few(batch);
+  call.w = kernel.typed_data(), call.r = recurrent.typed_data();
+  if (!direct) {
+    call.recurrent.resize(P * 4 * H * WIDTH);
+    call.kernel.resize(PI * 4 * H * WIDTH);
+  }
   std::memset(call.zeros.resize(H + LANES), 0, (H + LANES) * sizeof(float));
   call.dz.resize((call.chunk + 1) * B * 4 * H);
   call.factors.resize((I + H) * call.chunk * B);
@@ -404,13 +468,13 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
   std::memset(call.dbias, 0, 4 * H * sizeof(float));
   if (call.dx) batch.clear_padding(call.dx, I);
 
-  const bool by_rows = split_rows(B, H, threads);
+  const bool by_rows = split_rows(B, threads);
   const int64_t parts = std::max<int64_t>(1, threads / PZ);  // of the weights' rows
   const int64_t block = 8 * ROWS;                            // rows of a task of dx
-  enum Kind { PACK, LOOP, STEP, LIST, TURN, PRODUCTS };
+  enum Kind { PACK, LOOP, STEP, LIST, TURN, PRODUCTS, DIRECT };
   struct Phase { Kind kind; int64_t s0, s1; };
   std::vector<Phase> phases{{PACK, 0, 0}};
-  std::vector<int64_t> counts{P + PI};
+  std::vector<int64_t> counts{direct ? 0 : P + PI};
   auto add = [&](Kind kind, int64_t s0, int64_t s1, int64_t tasks) {
     phases.push_back({kind, s0, s1});
     counts.push_back(tasks);
@@ -425,6 +489,10 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
     for (int64_t s = s0; s < s1; s++) rows += batch.alive[s];
     through(s0, s1);
     add(LIST, s0, s1, 1);
+    if (direct) {
+      add(DIRECT, s0, s1, threads);
+      continue;
+    }
     add(TURN, s0, s1, (rows + WIDTH - 1) / WIDTH);
     add(PRODUCTS, s0, s1, PZ * parts + (PI ? (rows + block - 1) / block : 0));
   }
@@ -444,8 +512,13 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
           call.step({batch, task, threads}, s, 0, P);
         return;
       case STEP: {
-        const int64_t n = std::min(P, threads);
-        return call.step({batch, 0, 1}, s0, P * task / n, P * (task + 1) / n);
+        const int64_t n = std::min(P, threads), p0 = P * task / n, p1 = P * (task + 1) / n;
+        return direct ? call.direct_step(s0, p0, p1)
+                      : call.step({batch, 0, 1}, s0, p0, p1);
+      }
+      case DIRECT: {
+        const int64_t M = I + H;
+        return call.direct_products(M * task / threads, M * (task + 1) / threads);
       }
       case LIST: return call.list(s0, s1);
       case TURN: return call.turn(task);

@@ -159,3 +159,59 @@ static void pack_transposed(const float* w, int64_t M, int64_t K, int64_t p,
   if (n < WIDTH) std::memset(out, 0, K * WIDTH * sizeof(float));
   transpose(rows, n, K, out, WIDTH);
 }
+
+// The same products with weights as they lie, for so few rows that packing them would
+// take longer.
+
+// z[p][j][0:LANES] += sum over k of x[k] w[k][j][units of panel p], panels p0 to p1.
+static void direct_gates(const float* w, int64_t K, int64_t H, const float* x,
+                         int64_t p0, int64_t p1, float* z) {
+  constexpr int DEPTH = 4;  // rows of w for one read and write of z
+  for (int64_t k = 0; k < K; k += DEPTH) {
+    const int depth = std::min<int64_t>(DEPTH, K - k);
+    Vec xs[DEPTH];
+    for (int i = 0; i < DEPTH; i++) xs[i] = full(i < depth ? x[k + i] : 0.0f);
+    for (int j = 0; j < 4; j++)
+      for (int64_t p = p0; p < p1; p++) {
+        const int64_t u = p * LANES;
+        const float* from = w + (k * 4 + j) * H + u;
+        float* to = z + (p - p0) * WIDTH + j * LANES;
+        Vec sum = load(to);
+        if (depth == DEPTH && u + LANES <= H) {
+#pragma GCC unroll 4
+          for (int i = 0; i < DEPTH; i++) {
+            sum += xs[i] * load(from + i * 4 * H);
+            __builtin_prefetch(from + (i + DEPTH) * 4 * H);
+          }
+        } else {
+          const int n = std::min<int64_t>(LANES, H - u);
+          for (int i = 0; i < depth; i++) sum += xs[i] * load(from + i * 4 * H, n);
+        }
+        store(to, sum);
+      }
+  }
+}
+
+// out[i] = sum over k of w[i][k] x[k].
+static void direct_rows(const float* w, int64_t n, int64_t K, const float* x,
+                        float* out) {
+  constexpr int SUMS = 4;  // as many as hide the latency of an addition
+  for (int64_t i = 0; i < n; i++, w += K) {
+    Vec sums[SUMS] = {};
+    for (int64_t k = 0; k < K; k += SUMS * LANES) {
+      if (k + SUMS * LANES <= K) {
+#pragma GCC unroll 4
+        for (int j = 0; j < SUMS; j++) {
+          sums[j] += load(w + k + j * LANES) * load(x + k + j * LANES);
+          __builtin_prefetch(w + k + AHEAD + j * LANES);
+        }
+      } else {
+        for (int64_t at = k; at < K; at += LANES) {
+          const int lanes = std::min<int64_t>(LANES, K - at);
+          sums[0] += load(w + at, lanes) * load(x + at, lanes);
+        }
+      }
+    }
+    out[i] = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+}

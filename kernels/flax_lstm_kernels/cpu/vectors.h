@@ -90,8 +90,7 @@ static inline Exponential exponential(Vec x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
-  const Int bits = (reinterpret_cast<const Int&>(shifted) << 23) + (127 << 23);
-  return {reinterpret_cast<const Vec&>(bits), p * r};
+  return {(Vec)(((Int)shifted << 23) + (127 << 23)), p * r};  // the casts keep the bits
 }
 static inline Vec sigmoid(Vec x) {
   const Exponential e = exponential(-x);
