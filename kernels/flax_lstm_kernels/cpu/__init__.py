@@ -78,7 +78,11 @@ def built(compiler: str) -> Path:
     so that a cache folder shared by several machines holds one for each.
     """
     sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
-    parts = [*(path.read_bytes() for path in sources), compiler.encode(), " ".join(FLAGS).encode()]
+    parts = [
+        *(path.read_bytes() for path in sources),
+        compiler.encode(),
+        " ".join(FLAGS).encode(),
+    ]
     parts += [version("jaxlib").encode(), processor().encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -205,8 +209,9 @@ def backward(
       of_inputs: Whether the gradient of the inputs is wanted.
 
     Returns:
-      `(d_inputs, d_kernel, d_recurrent_kernel, d_bias, d_c, d_h)`: gradients of what
-      `forward` was given; d_inputs is 0 past the lengths, and `[0, 0, 0]` unless wanted.
+      `(d_inputs, d_kernel, d_recurrent_kernel, d_bias, d_c, d_h)`: gradients of
+      what `forward` was given; d_inputs is 0 past the lengths, and `[0, 0, 0]` unless
+      wanted.
     """
     outs = (
         inputs.shape if of_inputs else (0, 0, 0),
