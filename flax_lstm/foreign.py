@@ -66,12 +66,14 @@ def recurrence_jvp(reverse: bool, primals: Any, tangents: Any) -> tuple[Any, Any
     hs, c, h, gates, before = forward_p.bind(
         inputs, *params, *state, lengths, resets, reverse=reverse, keep=True
     )
-    given = (tangents[1], *tangents[0], *tangents[2])
+
+    def given(tangent: Any) -> Any:
+        absent = type(tangent) is SymbolicZero
+        return jnp.zeros(tangent.shape, inputs.dtype) if absent else tangent
+
     absent = type(tangents[1]) is SymbolicZero
     d_inputs = jnp.zeros((0, 0, 0), inputs.dtype) if absent else tangents[1]
-    d_others = [
-        jnp.zeros(d.shape, d.dtype) if type(d) is SymbolicZero else d for d in given[1:]
-    ]
+    d_others = [given(d) for d in (*tangents[0], *tangents[2])]
     kept = (inputs, *params[:2], state.h, hs, gates, before, lengths, resets)
     d_hs, d_c, d_h = linear_p.bind(d_inputs, *d_others, *kept, reverse=reverse)
     return (LSTMState(c, h), hs), (LSTMState(d_c, d_h), d_hs)
