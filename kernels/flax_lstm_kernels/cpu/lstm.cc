@@ -271,10 +271,10 @@ struct Backward {
   float *dx, *dkernel, *drecurrent, *dbias;  // dx null when not wanted
   float *dc, *dh0;  // dc [B][H] is carried in place and ends as that of c0
   Floats recurrent, kernel, zeros;
-  Floats dz;       // [chunk + 1][B][4H], step s in slot s % (chunk + 1)
+  Floats dz;       // [2][rows of the longest chunk][4H]: this chunk and the one before
   Floats factors;  // [I + H][rows of the chunk]: inputs and h before, transposed
-  int64_t chunk = 1;
-  const float *w, *r;  // the kernels as they lie
+  std::vector<int64_t> where;  // row of dz at which a step begins
+  const float *w, *r;          // the kernels as they lie
   // The rows of the chunk in hand: dz, inputs, h before, where dx goes.
   std::vector<const float*> dzs, xs, hs_before;
   std::vector<float*> dxs;
@@ -282,7 +282,7 @@ struct Backward {
   int64_t panels() const { return (batch.H + WIDTH - 1) / WIDTH; }
   int64_t input_panels() const { return dx ? (I + WIDTH - 1) / WIDTH : 0; }
   float* dz_of(int64_t s, int64_t i) const {
-    return dz + (s % (chunk + 1) * batch.B + i) * 4 * batch.H;
+    return dz + (where[s] + i) * 4 * batch.H;
   }
   const float* h_before(int64_t b, int64_t s) const {
     if (batch.reset(b, s)) return zeros + 0;
@@ -450,7 +450,23 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
   // Rows of a chunk: enough that the weights' gradient, read and written once for it,
   // is seldom moved; not so many that dz leaves the cache.
   const int64_t target = H < 512 ? 256 : 512;
-  call.chunk = std::clamp<int64_t>(target / B, 1, std::max<int64_t>(S, 1));
+  struct Chunk { int64_t s0, s1, rows; };
+  std::vector<Chunk> chunks;
+  int64_t longest = 0;
+  for (int64_t s1 = S; s1 > 0; s1 = chunks.back().s0) {
+    int64_t s0 = s1, rows = 0;
+    while (s0 > 0 && rows < target) rows += batch.alive[--s0];
+    chunks.push_back({s0, s1, rows});
+    longest = std::max(longest, rows);
+  }
+  call.where.assign(S + 1, 0);
+  for (std::size_t i = 0; i < chunks.size(); i++) {
+    int64_t row = i % 2 * longest;
+    for (int64_t s = chunks[i].s0; s < chunks[i].s1; s++) {
+      call.where[s] = row;
+      row += batch.alive[s];
+    }
+  }
   const bool direct = few(batch);
   call.w = kernel.typed_data(), call.r = recurrent.typed_data();
   if (!direct) {
@@ -458,8 +474,8 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
     call.kernel.resize(PI * 4 * H * WIDTH);
   }
   std::memset(call.zeros.resize(H + LANES), 0, (H + LANES) * sizeof(float));
-  call.dz.resize((call.chunk + 1) * B * 4 * H);
-  call.factors.resize((I + H) * call.chunk * B);
+  call.dz.resize(2 * longest * 4 * H);
+  if (!direct) call.factors.resize((I + H) * longest);
   std::memcpy(call.dc, dcT.typed_data(), B * H * sizeof(float));
   if (S == 0) {
     std::memset(call.dkernel, 0, I * 4 * H * sizeof(float));
@@ -483,10 +499,7 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
     if (by_rows) return add(LOOP, s0, s1, threads);
     for (int64_t s = s1 - 1; s >= s0; s--) add(STEP, s, s, std::min(P, threads));
   };
-  for (int64_t s1 = S; s1 > 0; s1 -= call.chunk) {
-    const int64_t s0 = std::max<int64_t>(0, s1 - call.chunk);
-    int64_t rows = 0;
-    for (int64_t s = s0; s < s1; s++) rows += batch.alive[s];
+  for (const auto& [s0, s1, rows] : chunks) {
     through(s0, s1);
     add(LIST, s0, s1, 1);
     if (direct) {
