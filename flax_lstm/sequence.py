@@ -97,9 +97,9 @@ def lstm(
       dtype: Computation dtype; the promotion of inputs and weights when None. The
         cell state is carried in float32 at least.
       implementation: "scan" is `jax.lax.scan` differentiated by JAX, the reference.
-        "xla" has a derivative arranged for speed (`flax_lstm.derivative`). "cpu" is the
-        same with its loops in C++ (`flax_lstm_kernels.cpu`). None chooses the fastest
-        that can do what was asked; see `explain`.
+        "xla" has a derivative arranged for speed (`flax_lstm.derivative`). "cpu" is a
+        kernel in C++ (`flax_lstm_kernels.cpu`). None chooses the fastest that can do
+        what was asked; see `explain`.
       unroll: Steps of the scan unrolled into one loop iteration.
       remat: Saves memory in reverse mode for one more run forward: what the derivative
         needs is kept for that many steps at a time; True for the square root of T.
