@@ -267,8 +267,8 @@ TUTORIAL = Config(
         initializer="glorot",
     ),
     training=TrainConfig(
-        # Of seeds 0 to 2 the one whose log is nearest to the published: the recipe keeps
-        # the batches in one order, which makes validation depend on the seed.
+        # Of seeds 0 to 2 the one whose log is nearest to the published: the recipe
+        # keeps the batches in one order, which makes validation depend on the seed.
         seed=1,
         epochs=50,
         loss="mse",
