@@ -11,7 +11,8 @@ Axes     T time, B batch, I input size, H hidden size, G = 4H in gate order i f 
 Lengths  int32 `[B]`: steps past them do not count, and are 0 in every result.
 Resets   uint8 `[T, B]`, or `[0, 0]` for none.
 Kept     Of every step, for the derivative: hs `[T, B, H]` outputs, gates `[T, B, 4H]`
-         after activation, before `[T, B, H]` the cell that the step started from.
+         after activation, before `[T, B, H]` the cell that the step started from. Past
+         the lengths the last two are undefined.
 """
 
 from collections.abc import Callable
@@ -154,6 +155,7 @@ def linear(
       The tangents of the outputs, of the final cell and of the final output.
     """
     live = live_steps(x.shape[0], lengths)
+    gates, before = select(live, (gates, before), 0)
     h_before = previous(hs, h, lengths, resets, reverse=reverse)
     d_z = select(live, x, 0) @ d_kernel + h_before @ d_recurrent_kernel
     d_z = d_z + jnp.broadcast_to(d_bias, d_z.shape)

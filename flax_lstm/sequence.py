@@ -323,7 +323,7 @@ def lstm_by_cpu(
         resets = jnp.zeros((0, 0), jnp.uint8) if resets is None else resets
         return recurrence_of_kernel(reverse, params, x, state, lengths, resets)
 
-    def one_axis(array: Array, first: int) -> Array:
+    def one_axis(array: Given, first: int) -> Given:
         return array.reshape(
             *array.shape[:first], math.prod(batch), *array.shape[first + len(batch) :]
         )

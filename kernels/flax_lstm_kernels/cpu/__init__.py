@@ -140,8 +140,9 @@ def forward(
 
     Returns:
       `(hs [T, B, H], c, h, gates [T, B, 4H], before [T, B, H])`: the outputs, the final
-      state, the gates after activation and the cell that each step started from. All
-      are 0 past the lengths; the last two are empty without `keep`.
+      state, the gates after activation and the cell that each step started from. Past
+      the lengths hs is 0 and the last two are anything, NaN even; they are empty
+      without `keep`.
     """
     steps, rows, hidden = *inputs.shape[:2], h.shape[1]
     kept = (steps, rows) if keep else (0, 0)

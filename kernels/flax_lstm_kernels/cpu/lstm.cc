@@ -14,8 +14,8 @@
 //          a batch is neither read nor computed. A reset reads a row of zeros as h, c.
 // Threads  split the rows when there are many (no waiting for one another), else the
 //          panels of each step, each thread staying with its own, in its own cache.
-// Order    Every sum runs in an order that depends on neither threads nor tiles: the
-//          same call gives the same bits.
+// Order    Every sum of the forward pass runs over the bias, the inputs and h in that
+//          order, whatever the batch, the threads or the pieces of time: same bits.
 #include <cstdint>
 #include <numeric>
 #include <vector>
@@ -135,10 +135,10 @@ struct Forward {
       h[r] = h_before(share.row(r), s);
     }
     for (int64_t p = p0; p < p1; p++) {
-      const Factor both[2] = {{H, h, recurrent + p * H * WIDTH},
-                              {I, xs, kernel + p * I * WIDTH}};
+      const Factor both[2] = {{I, xs, kernel + p * I * WIDTH},
+                              {H, h, recurrent + p * H * WIDTH}};
       product(
-          n, both, chunk ? 1 : 2,
+          n, chunk ? both + 1 : both, chunk ? 1 : 2,
           [&](int64_t r, float* z) {
             const float* from = chunk ? projection(s % chunk, share.index(r), p)
                                       : biases + p * WIDTH;
@@ -155,8 +155,8 @@ struct Forward {
     for (int64_t i = 0; i < batch.alive[s]; i++) {
       const int64_t b = batch.rows[i];
       std::memcpy(z, biases + p0 * WIDTH, (p1 - p0) * WIDTH * sizeof(float));
-      direct_gates(r, H, H, h_before(b, s), p0, p1, z);
       direct_gates(w, I, H, x + batch.at(b, s) * I, p0, p1, z);
+      direct_gates(r, H, H, h_before(b, s), p0, p1, z);
       for (int64_t p = p0; p < p1; p++) activate(b, s, p, z + (p - p0) * WIDTH);
     }
   }
@@ -206,10 +206,6 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
     pack_gates(bias.typed_data(), 1, H, p, call.biases + p * WIDTH);
   std::memcpy(call.cT, c0.typed_data(), B * H * sizeof(float));  // carried in place
   batch.clear_padding(call.hs, H);
-  if (keep) {
-    batch.clear_padding(call.before, H);
-    batch.clear_padding(call.gates, 4 * H);
-  }
   auto finish = [&] {
     for (int64_t b = 0; b < B; b++) {
       const int64_t n = batch.length(b);
