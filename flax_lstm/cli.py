@@ -1,4 +1,4 @@
-"""The command line: `flax-lstm train | evaluate | predict | trace`.
+"""The command line: `flax-lstm train | evaluate | predict | trace | bench`.
 
 Results go to the standard output, messages and live progress to the standard error.
 JAX and the data libraries are imported by the commands that need them, after the
@@ -33,6 +33,7 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, Positional
 
 from flax_lstm import report
+from flax_lstm.bench.options import BenchOptions
 from flax_lstm.config import PRESETS, Config, DataConfig, UserError
 from flax_lstm.events import EpochDone, Event, Finished, RunStarted, StepDone
 
@@ -140,7 +141,7 @@ class Trace:
     """Show where an error came from."""
 
 
-Command = Train | Evaluate | Predict | Trace
+Command = Train | Evaluate | Predict | Trace | BenchOptions
 
 
 class Screen(Console):
@@ -223,7 +224,12 @@ def parse(argv: Sequence[str]) -> Command | None:
             ]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Predict, tyro.conf.subcommand("predict")]
-            | Annotated[Trace, tyro.conf.subcommand("trace")],
+            | Annotated[Trace, tyro.conf.subcommand("trace")]
+            | Annotated[
+                BenchOptions,
+                tyro.conf.subcommand("bench"),
+                tyro.conf.FlagCreatePairsOff,
+            ],
             tyro.conf.OmitArgPrefixes,
         ],
         prog="flax-lstm",
@@ -257,6 +263,10 @@ def execute(command: Command) -> None:
             predict(command)
         case Trace():
             trace(command)
+        case BenchOptions():
+            from flax_lstm.bench.main import bench
+
+            bench(command, Screen())
 
 
 def train(command: Train) -> None:

@@ -59,10 +59,11 @@ ARROWS = {
     "events": "config",
     "epochs": f"config {WORK} events folder",
     "run": f"{MODULES} {WORK} environment epochs events folder",
-    "cli": "config demo_corpus events report run",
+    "bench": f"{CORE} config convert environment",
+    "cli": "config demo_corpus events report run bench",
     "kernels": "cell",
     "experiments": f"{MODULES} {WORK} convert environment events folder report run cli "
-    "kernels",
+    "kernels bench",
 }
 # Third-party packages that only these nodes touch.
 OWNERS = {
@@ -70,17 +71,16 @@ OWNERS = {
     "tokenizers": {"text"},
     "orbax": {"checkpoint"},
     "tyro": {"cli"},
-    "rich": {"cli", "report"},
+    "rich": {"cli", "report", "bench"},
+    # Peers, which are raced and are no dependency.
+    **dict.fromkeys(("torch", "keras", "haiku", "equinox"), {"bench", "experiments"}),
 }
 # Executes what a file says (pickle and its kin), or would make a peer a dependency.
 NEVER = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"} | {
-    "torch",
     "tensorflow",
-    "keras",
-    "haiku",
-    "equinox",
     "onnx",
 }
+PEERS = ("torch", "keras", "haiku", "equinox", "matplotlib")
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -147,6 +147,14 @@ def test_kernels_are_imported_inside_functions_only():
             assert "flax_lstm_kernels" not in names, f"{path.name} at its top level"
 
 
+def test_peers_and_plots_are_imported_inside_functions_only():
+    for path in sorted((ROOT / "flax_lstm" / "bench").rglob("*.py")):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                words = ast.unparse(statement).replace(".", " ").split()
+                assert words[1] not in PEERS, f"{path.name} at its top level"
+
+
 def run(program: str) -> str:
     """Runs a program in a fresh interpreter and returns its standard output."""
     finished = subprocess.run(
@@ -170,6 +178,18 @@ def test_importing_touches_no_device():
         "import flax_lstm.linen, flax_lstm.nnx, flax_lstm.run, flax_lstm.cli, jax\n"
         "jax.config.update('jax_num_cpu_devices', 2)\n"
         "assert jax.device_count() >= 1"
+    )
+
+
+def test_the_benchmarks_import_without_text_libraries_and_without_peers():
+    """All of it but the command line, on a machine that has JAX and Flax alone."""
+    hidden = ("datasets", "tokenizers", "tyro", "orbax", "optax", *PEERS)
+    run(
+        "import sys, pkgutil, importlib\n"
+        f"for name in {hidden}: sys.modules[name] = None\n"
+        "import flax_lstm.bench\n"
+        "for found in pkgutil.walk_packages(flax_lstm.bench.__path__, "
+        "'flax_lstm.bench.'): importlib.import_module(found.name)"
     )
 
 
