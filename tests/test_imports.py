@@ -65,6 +65,7 @@ ARROWS = {
     "experiments": f"{MODULES} {WORK} convert environment events folder report run cli "
     "kernels bench",
 }
+LIBRARIES = ("torch", "keras", "haiku", "equinox")
 # Third-party packages that only these nodes touch.
 OWNERS = {
     "datasets": {"data", "sources", "experiments"},
@@ -73,14 +74,14 @@ OWNERS = {
     "tyro": {"cli"},
     "rich": {"cli", "report", "bench"},
     # Peers, which are raced and are no dependency.
-    **dict.fromkeys(("torch", "keras", "haiku", "equinox"), {"bench", "experiments"}),
+    **{name: {"bench", "experiments"} for name in LIBRARIES},
 }
 # Executes what a file says (pickle and its kin), or would make a peer a dependency.
 NEVER = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"} | {
     "tensorflow",
     "onnx",
 }
-PEERS = ("torch", "keras", "haiku", "equinox", "matplotlib")
+PEERS = (*LIBRARIES, "matplotlib")
 
 
 def sources() -> Iterator[tuple[str, Path]]:

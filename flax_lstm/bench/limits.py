@@ -5,6 +5,8 @@ Products  The largest rate of a square matrix product, in flops a second, over s
 Memory    The largest rate of copying (bytes read and written) or of reading alone, for
           working sets of several sizes, since small ones stay in a cache. A case is
           held against the fastest set that is at least nearly as large as its own.
+Busy      Other work on the machine hides what it can do; `merged` takes the larger of
+          measurements taken at several times.
 Roofline  attainable = min(products, intensity × memory): Williams, Waterman &
           Patterson (2009).
 """
@@ -56,6 +58,13 @@ class Limits:
         peak = self.flops_per_s[dtype][0]
         return min(peak, work.intensity * self.bandwidth(work.bytes))
 
+    def merged(self, other: "Limits") -> "Limits":
+        """Returns the larger of each rate: a busy moment hides what the machine can."""
+        return Limits(
+            _larger(self.flops_per_s, other.flops_per_s),
+            _larger(self.bytes_per_s, other.bytes_per_s),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what results.json keeps."""
         return {
@@ -68,6 +77,14 @@ class Limits:
                 for size, (rate, by) in self.bytes_per_s.items()
             },
         }
+
+
+def _larger(one: dict, other: dict) -> dict:
+    nothing = (0.0, "")
+    return {
+        key: max(one.get(key, nothing), other.get(key, nothing))
+        for key in {**one, **other}
+    }
 
 
 def measure_limits(

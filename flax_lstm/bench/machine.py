@@ -10,7 +10,13 @@ import jax
 
 from flax_lstm.environment import commit, installed
 
-LOADS = ("XLA_FLAGS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "NPROC")
+VARIABLES = (
+    "XLA_FLAGS",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "NPROC",
+)
 """Variables that change what is measured; recorded where they are set."""
 
 
@@ -22,14 +28,12 @@ def threads() -> int:
     """
     if "--xla_cpu_multi_thread_eigen=false" in os.environ.get("XLA_FLAGS", ""):
         return 1
-    jax.devices("cpu")
+    jax.devices()  # starts them
     tasks = Path("/proc/self/task")
     if tasks.is_dir():
         names = [_name(task) for task in tasks.iterdir()]
-        if found := sum(name.startswith("tf_XLAEigen") for name in names):
-            # Each pretend device of a test has a pool of its own.
-            return max(1, found // len(jax.devices("cpu")))
-        return len(os.sched_getaffinity(0))
+        found = sum(name.startswith("tf_XLAEigen") for name in names)
+        return found or len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
@@ -75,5 +79,7 @@ def surroundings() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "load_1min": load[0],
-        "variables": {name: os.environ[name] for name in LOADS if name in os.environ},
+        "variables": {
+            name: os.environ[name] for name in VARIABLES if name in os.environ
+        },
     }

@@ -9,6 +9,7 @@ from typing import TypeVar
 from rich.console import Console
 
 from flax_lstm.bench.options import BenchOptions
+from flax_lstm.bench.tables import WIDE
 from flax_lstm.config import UserError
 
 T = TypeVar("T")
@@ -20,6 +21,8 @@ def bench(options: BenchOptions, screen: Console) -> None:
     Raises:
       UserError: If an option cannot be met; says which values can.
     """
+    if not screen.is_terminal:
+        screen.width = max(screen.width, WIDE)  # a file has room for all columns
     # JAX would take most of a GPU's memory, of which torch needs its part.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if options.compare is not None:
@@ -60,8 +63,8 @@ def race(
 ) -> None:
     """Times, and saves after each case so that an interrupted run loses nothing."""
     from flax_lstm.bench import machine, plots, tables
-    from flax_lstm.bench.limits import measure_limits
-    from flax_lstm.bench.results import Results, summary_lines
+    from flax_lstm.bench.limits import Limits, measure_limits
+    from flax_lstm.bench.results import Results, limited, summary_lines
     from flax_lstm.bench.shapes import MODES
     from flax_lstm.bench.suite import run_case
     from flax_lstm.bench.work import ITEMSIZE
@@ -89,11 +92,13 @@ def race(
     for one in contenders:
         if reason := one.missing():
             screen.print(f"missing {one.name}: {reason}", markup=False)
-    limits = measure_limits(
-        tuple(dtypes), smoke=options.smoke, budget_s=0.05 if options.smoke else 0.7
-    )
+
+    def measured(budget_s: float) -> Limits:
+        return measure_limits(tuple(dtypes), smoke=options.smoke, budget_s=budget_s)
+
+    limits = measured(0.02 if options.smoke else 0.5)
     screen.print("\n".join(tables.limits_lines(limits)), markup=False)
-    rows = []
+    rows, told = [], set()
     results = Results(rows, limits.to_dict(), surroundings)
     for shape, mode, dtype in cases:
         those = run_case(
@@ -101,19 +106,21 @@ def race(
             mode,
             dtype,
             contenders,
-            limits,
             seed=options.seed,
             common=common,
             rounds=min(options.rounds, 3) if options.smoke else options.rounds,
-            budget_s=0 if options.smoke else options.budget_s,
+            budget_s=0.0 if options.smoke else options.budget_s,
             pause_s=options.pause_s,
         )
-        rows.extend(those)
+        limits = limits.merged(measured(0.02 if options.smoke else 0.1))
+        those = [limited(row, limits) for row in those]
+        rows = [limited(row, limits) for row in (*rows, *those)]
         title = f"{shape.name} {mode} {dtype}: {shape.about}"
-        wide = screen.width if screen.is_terminal else tables.WIDE
-        screen.print(tables.rows_table(title, those, wide), width=wide)
+        screen.print(tables.rows_table(title, those, screen.width))
         for line in tables.untimed_lines(those):
-            screen.print(line, markup=False)
+            if line not in told:
+                screen.print(line, markup=False)
+                told.add(line)
         results = Results(rows, limits.to_dict(), surroundings, summary_lines(rows))
         results.save(folder)
     screen.print("\n".join(results.summary), markup=False)

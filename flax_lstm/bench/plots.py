@@ -132,7 +132,7 @@ def roofline(rows: Sequence[Row], limits: dict[str, Any], dtype: str) -> Any:
     pale dot. Each case's own limit is a short line over it: a small working set lies in
     a cache, which is faster than the memory that the roof is drawn for.
     """
-    drawn = figure(9, 5.6)
+    drawn = figure(9.0, 5.6)
     axes = drawn.subplots()
     peak = limits["gflop_per_s"][dtype]["rate"]
     rates = {int(size): found["rate"] for size, found in limits["gb_per_s"].items()}

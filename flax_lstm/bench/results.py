@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flax_lstm.bench.limits import Limits
 from flax_lstm.bench.timing import Samples
 from flax_lstm.bench.work import Work
 from flax_lstm.config import UserError
@@ -66,7 +67,6 @@ def timed(
     row: Row,
     samples: Samples,
     work: Work | None = None,
-    limit_flops_per_s: float | None = None,
 ) -> Row:
     """Returns `row` with what was measured, and rates where the work is known.
 
@@ -74,7 +74,6 @@ def timed(
       row: Names, sizes and provenance, under any of the names of `COLUMNS`.
       samples: The times.
       work: What a call had to do.
-      limit_flops_per_s: What the machine allows.
     """
     low, median, high = samples.quartiles
     row = row | {
@@ -94,12 +93,21 @@ def timed(
             "gb_per_s": work.bytes / median / 1e9,
             "intensity": work.intensity,
         }
-        if limit_flops_per_s is not None:
-            row |= {
-                "limit_gflop_per_s": limit_flops_per_s / 1e9,
-                "limit_percent": 100 * work.flops / median / limit_flops_per_s,
-            }
     return row
+
+
+def limited(row: Row, limits: Limits) -> Row:
+    """Returns `row`, if its rates are known, with what the machine allows."""
+    if "intensity" not in row:
+        return row
+    seconds = row["median_ms"] / 1e3
+    moved = row["gb_per_s"] * 1e9 * seconds
+    flops = row["gflop_per_s"] * 1e9 * seconds
+    allowed = limits.attainable(Work(row["tokens"], flops, moved), row["dtype"])
+    return row | {
+        "limit_gflop_per_s": allowed / 1e9,
+        "limit_percent": 100 * row["gflop_per_s"] * 1e9 / allowed,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

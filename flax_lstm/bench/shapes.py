@@ -9,8 +9,8 @@ that text. The quantiles were made once, from the texts of each data set, by
     tokens = np.minimum(np.diff(ends), STEPS)
     np.quantile(tokens[tokens > 0], SHARES, method="nearest")
 
-with the pipeline "tutorial" for StockTwits (the 96,966 $SPY messages of 2017 that have a
-token) and "words" for IMDB (the 25,000 training reviews of Maas et al. 2011).
+with the pipeline "tutorial" for StockTwits (the 96,966 $SPY messages of 2017 that have
+a token) and "words" for IMDB (the 25,000 training reviews of Maas et al. 2011).
 """
 
 import dataclasses

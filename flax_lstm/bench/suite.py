@@ -1,11 +1,10 @@
 """Runs one case after another: prepare, check, time, and make rows of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from flax_lstm.bench.limits import Limits
 from flax_lstm.bench.peers.base import Implementation, Prepared
 from flax_lstm.bench.problem import (
     Numbers,
@@ -21,15 +20,12 @@ from flax_lstm.bench.timing import alternate
 from flax_lstm.bench.work import work_of
 from flax_lstm.environment import installed
 
-Timer = Callable[[Mapping[str, Callable[[], Any]]], Mapping[str, Any]]
-
 
 def run_case(
     shape: Shape,
     mode: str,
     dtype: str,
     implementations: Sequence[Implementation],
-    limits: Limits,
     *,
     seed: int,
     common: Row,
@@ -42,7 +38,6 @@ def run_case(
       mode: "forward", "gradient" or "step".
       dtype: Name of the dtype.
       implementations: What to race.
-      limits: What the machine can do.
       seed: Draws the arrays.
       common: What every row says: `machine.provenance`.
       **timing: See `flax_lstm.bench.timing.alternate`.
@@ -71,9 +66,8 @@ def run_case(
         if prepared is not None:
             ready[one.name] = prepared
     samples = alternate({name: one.call for name, one in ready.items()}, **timing)
-    allowed = limits.attainable(work, dtype)
     for name, taken in samples.items():
-        rows[name] = timed(rows[name], taken, work, allowed)
+        rows[name] = timed(rows[name], taken, work)
     return list(rows.values())
 
 

@@ -1,4 +1,4 @@
-"""What a person reads on the screen, as renderables of rich; nothing is printed here."""
+"""What a person reads on the screen, as renderables of rich; prints nothing."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from flax_lstm.bench.results import Row
 from flax_lstm.bench.shapes import Shape
 
 STYLES = {"ours": "bold green", "faster": "green", "slower": "red"}
-WIDE = 110
+WIDE = 124
 """Columns of a screen on which a table of rows has all it can show."""
 
 
@@ -52,6 +52,7 @@ def rows_table(title: str, rows: Sequence[Row], width: int) -> Table:
         for name in (">GB/s", ">error", ">compile s"):
             del shown[name]
     made = table(title, "implementation", *shown)
+    made.columns[0].no_wrap = True
     for row in sorted(timed, key=lambda row: row["median_ms"]):
         cells = [cell(row) for cell in shown.values()]
         made.add_row(label(row), *cells, style=STYLES.get(row["family"]))

@@ -3,8 +3,8 @@
 Each round gives every callable one turn, and rounds start with a different one each, so
 that a busy moment of the machine meets all of them alike. A turn is one call, or as
 many as take two milliseconds. Before it comes a pause: threads that spin while they
-wait for more work (those of OpenMP do, for milliseconds) would slow down the next one's.
-Garbage is collected between rounds only.
+wait for more work (those of OpenMP do, for milliseconds) would slow down those of the
+next one. Garbage is collected between rounds only.
 """
 
 import gc
@@ -78,6 +78,8 @@ def alternate(
     names = list(cases)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at in every round
     start, done = clock(), 0
     try:
         while done < rounds or (done < MOST_ROUNDS and clock() - start < budget_s):
@@ -90,6 +92,7 @@ def alternate(
                 seconds[name].append(turn(cases[name], calls[name]))
             done += 1
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
         else:

@@ -64,7 +64,8 @@ def prepare_nnx(kind: str, problem: Problem) -> Prepared:
     """Sets up `nnx.RNN`, for a step the cell alone."""
     dtype = jnp.dtype(problem.dtype)
     sizes = (problem.shape.inputs, problem.shape.hidden)
-    drawn = NNX[kind](*sizes, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    # Its own weights, which ours replace, cannot be drawn in 16 bits.
+    drawn = NNX[kind](*sizes, dtype=dtype, rngs=nnx.Rngs(0))
 
     def forward(
         weights: Any, x: Any, h: Any, c: Any, lengths: Any, resets: Any
