@@ -3,6 +3,8 @@
 matplotlib is imported where it is used: `pip install 'flax-lstm[plot]'`.
 """
 
+import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,18 @@ from flax_lstm.bench.results import Results, Row
 from flax_lstm.bench.tables import label
 
 COLORS = {"ours": "#0b7a4b", "torch": "#e4572e", "jax": "#4c6ea8"}
-LABELS = {"ours": "flax-lstm", "torch": "torch", "jax": "other JAX libraries"}
-MARKS = {"forward": "o", "gradient": "s", "step": "^"}
+STANDING = {
+    "ours": "flax-lstm, default",
+    "torch": "torch, fastest",
+    "jax": "other JAX libraries, fastest",
+}
+MARKS = {"ours": "o", "torch": "s", "jax": "^"}
 LOG_RATIO = 8
 """Times further apart than this are shown on a logarithmic axis."""
 
 
 def missing() -> str | None:
     """Says what to install for plots, or None."""
-    import importlib.util
-
     if importlib.util.find_spec("matplotlib") is None:
         return "plots need matplotlib: pip install 'flax-lstm[plot]'"
     return None
@@ -128,78 +132,111 @@ def _panel(axes: Any, mode: str, rows: Sequence[Row]) -> None:
 def roofline(rows: Sequence[Row], limits: dict[str, Any], dtype: str) -> Any:
     """Returns what was reached over the intensity, below what the machine allows.
 
-    The default of ours and the fastest of the others stand out; every other row is a
-    pale dot. Each case's own limit is a short line over it: a small working set lies in
-    a cache, which is faster than the memory that the roof is drawn for.
+    A panel for each mode. The default of ours and the fastest of the others stand out;
+    every other row is a pale dot. The short line over a case is its own limit, which is
+    above the roof where the working set lies in a cache.
     """
-    drawn = figure(9.0, 5.6)
-    axes = drawn.subplots()
-    peak = limits["gflop_per_s"][dtype]["rate"]
-    rates = {int(size): found["rate"] for size, found in limits["gb_per_s"].items()}
-    memory = rates[max(rates)]
-    low = min(row["intensity"] for row in rows) / 2
-    high = max(max(row["intensity"] for row in rows), peak / memory) * 3
-    axes.plot(
-        [low, peak / memory, high],
-        [low * memory, peak, peak],
-        color="#222222",
-        label=f"memory {memory:,.0f} GB/s, products {peak:,.0f} GFLOP/s",
-    )
-    cases = list(dict.fromkeys((row["shape"], row["mode"]) for row in rows))
-    shown: set[tuple[str, str]] = set()
-    for shape, mode in cases:
-        those = [r for r in rows if (r["shape"], r["mode"]) == (shape, mode)]
-        standing = _standing(those)
-        for row in those:
-            bright = row in standing
-            family, at = row["family"], (row["intensity"], row["gflop_per_s"])
-            key = (family, mode)
-            named = bright and key not in shown
-            axes.plot(
-                *at,
-                MARKS.get(mode, "D"),
-                color=COLORS[family] if bright else "#c8c8c8",
-                markersize=7 if bright else 4,
-                zorder=3 if bright else 2,
-                label=f"{LABELS[family]}, {mode}" if named else None,
-            )
-            if named:
-                shown.add(key)
-        limit = those[0]["limit_gflop_per_s"]
-        axes.plot(those[0]["intensity"], limit, "_", color="#222222", markersize=12)
-        axes.annotate(
-            f"{shape} {mode}",
-            (those[0]["intensity"], limit),
-            (0, 7),
-            textcoords="offset points",
-            rotation=90,
-            fontsize=6.5,
-            ha="center",
-            va="bottom",
-        )
-    axes.set(xscale="log", yscale="log", xlim=(low, high))
-    bottom = min(row["gflop_per_s"] for row in rows) / 2
-    top = max(peak, *(row["limit_gflop_per_s"] for row in rows))
-    axes.set_ylim(bottom, top * (top / bottom) ** 0.5)
-    axes.set_xlabel("useful flops for each byte that must move")
-    axes.set_ylabel("useful GFLOP/s")
-    axes.set_title(
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    drawn = figure(1 + 5.5 * len(modes), 5.6)
+    drawn.suptitle(
         f"Roofline, {dtype}: {rows[0]['device']}, {rows[0]['processor']}, "
         f"{rows[0]['threads']} threads",
         fontsize=10,
     )
-    axes.grid(which="major", color="#e8e8e8")
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=7.5, loc="lower right")
+    panels = drawn.subplots(1, len(modes), squeeze=False)[0]
+    for axes, mode in zip(panels, modes, strict=True):
+        those = [row for row in rows if row["mode"] == mode]
+        _roof(axes, those, limits, dtype)
+        axes.set_title(mode, fontsize=9)
+    panels[0].set_ylabel("useful GFLOP/s", fontsize=8)
     return drawn
 
 
-def _standing(rows: Sequence[Row]) -> list[Row]:
-    """Returns our default and each other family's fastest."""
+def _roof(axes: Any, rows: Sequence[Row], limits: dict[str, Any], dtype: str) -> None:
+    """Draws one mode's panel."""
+    peak = limits["gflop_per_s"][dtype]["rate"]
+    rates = {int(size): found["rate"] for size, found in limits["gb_per_s"].items()}
+    memory = rates[max(rates)]
+    low = min(*(row["intensity"] for row in rows), peak / memory) / 2
+    high = max(*(row["intensity"] for row in rows), peak / memory) * 3
+    axes.plot([low, peak / memory, high], [low * memory, peak, peak], color="#222222")
+    bottom = min(row["gflop_per_s"] for row in rows) / 3
+    top = max(peak, *(max(r["gflop_per_s"], r["limit_gflop_per_s"]) for r in rows))
+    ceiling = top * (top / bottom) ** 0.6  # room for the names
+    shapes = {row["shape"]: row for row in rows}
+    names = sorted(shapes, key=lambda name: shapes[name]["intensity"])
+    for row in rows:
+        axes.plot(row["intensity"], row["gflop_per_s"], ".", color="#c8c8c8", zorder=2)
+    for family, one in COLORS.items():
+        found = [row for row in _standing(rows, names) if row["family"] == family]
+        axes.plot(
+            [row["intensity"] for row in found],
+            [row["gflop_per_s"] for row in found],
+            MARKS[family],
+            color=one,
+            alpha=0.85,
+            zorder=3,
+            label=STANDING[family],
+        )
+    width = math.log(high / low)
+    places = [math.log(shapes[name]["intensity"] / low) / width for name in names]
+    places = spread(places, 0.04)
+    for name, place in zip(names, places, strict=True):
+        row, x = shapes[name], low * (high / low) ** place
+        axes.plot(row["intensity"], row["limit_gflop_per_s"], "_", color="#222222")
+        axes.annotate(
+            name,
+            (row["intensity"], row["limit_gflop_per_s"]),
+            (x, top * 2),
+            rotation=90,
+            fontsize=7,
+            ha="center",
+            va="bottom",
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6},
+        )
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, ceiling))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        axis.set_minor_formatter(lambda value, _: "")
+    axes.set_xlabel(
+        f"useful flops for each byte (memory {memory:,.0f} GB/s, "
+        f"products {peak:,.0f} GFLOP/s)",
+        fontsize=8,
+    )
+    axes.tick_params(labelsize=8)
+    axes.grid(which="major", color="#e8e8e8")
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=7.5, loc="lower right")
+
+
+def spread(places: Sequence[float], least: float) -> list[float]:
+    """Moves rising places apart until they are `least` from each other.
+
+    >>> spread([1.0, 1.0, 5.0], 1.0)
+    [0.5, 1.5, 5.0]
+    """
+    groups: list[list[float]] = []  # runs of neighbours, as [middle, count]
+    for place in places:
+        groups.append([place, 1])
+        while len(groups) > 1:
+            (left, n), (right, m) = groups[-2:]
+            if right - left >= least * (n + m) / 2:
+                break
+            groups[-2:] = [[(left * n + right * m) / (n + m), n + m]]
+    return [
+        middle + least * (k - (count - 1) / 2)
+        for middle, count in groups
+        for k in range(int(count))
+    ]
+
+
+def _standing(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Returns, for each shape, our default and each other family's fastest."""
     found = [row for row in rows if row["implementation"] == "ours"]
     for family in ("torch", "jax"):
-        those = [row for row in rows if row["family"] == family]
-        found += sorted(those, key=lambda row: row["median_ms"])[:1]
+        for name in names:
+            those = [r for r in rows if (r["family"], r["shape"]) == (family, name)]
+            found += sorted(those, key=lambda row: row["median_ms"])[:1]
     return found
 
 

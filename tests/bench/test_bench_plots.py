@@ -1,5 +1,6 @@
 """The plots: what stands in them, read from the SVG."""
 
+import itertools
 import re
 import xml.etree.ElementTree as xml
 from pathlib import Path
@@ -57,7 +58,8 @@ ROWS = [
 
 def words(path: Path) -> str:
     root = xml.parse(path).getroot()
-    return " | ".join("".join(e.itertext()).strip() for e in root.iter() if e.text)
+    texts = root.iter("{http://www.w3.org/2000/svg}text")
+    return " | ".join("".join(text.itertext()).strip() for text in texts)
 
 
 def test_each_shape_and_each_roof_has_a_file(tmp_path):
@@ -75,13 +77,25 @@ def test_each_shape_and_each_roof_has_a_file(tmp_path):
     # Of the panels only the gradient's times are far apart.
     assert len(re.findall("ms a call, log scale", bars)) == 1
     assert "memory 20 GB/s, products 100 GFLOP/s" in roof
-    for said in ("rl-256 forward", "rl-256 gradient", "flax-lstm, forward"):
+    assert roof.count("rl-256") == 2  # a panel for each mode
+    for said in ("flax-lstm, default", "torch, fastest", "forward", "gradient"):
         assert said in roof
 
 
 def test_ours_stands_first_and_the_default_before_all():
     names = [r["implementation"] for r in plots.ordered(ROWS[:4])]
     assert names == ["ours", "ours-scan", "haiku", "torch"]
+
+
+@pytest.mark.parametrize(
+    "places", [[0.0, 0.0, 0.0, 0.0], [0.0, 0.9, 1.8, 1.9], [0.0, 5.0, 5.5, 9.0], []]
+)
+def test_names_are_spread_no_further_than_needed(places):
+    found = plots.spread(places, 1.0)
+    gaps = [b - a for a, b in itertools.pairwise(found)]
+    assert all(gap >= 1 - 1e-12 for gap in gaps)
+    # The middle of what is moved stays.
+    assert sum(found) == pytest.approx(sum(places))
 
 
 def test_rows_without_work_have_bars_and_no_roof(tmp_path):
