@@ -11,6 +11,9 @@ Roofline  attainable = min(products, intensity × memory): Williams, Waterman &
           Patterson (2009).
 """
 
+# Imports what need not be installed.
+# pyright: reportMissingImports=false
+
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -139,7 +142,7 @@ def products(size: int, dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
 
         def call() -> None:
             with torch.inference_mode():
-                other @ other
+                torch.matmul(other, other)
             torch_peers.wait(on)
 
         yield "torch", call

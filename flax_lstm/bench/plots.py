@@ -3,6 +3,9 @@
 matplotlib is imported where it is used: `pip install 'flax-lstm[plot]'`.
 """
 
+# Imports what need not be installed.
+# pyright: reportMissingImports=false
+
 import importlib.util
 import math
 from collections.abc import Sequence

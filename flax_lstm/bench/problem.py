@@ -28,13 +28,16 @@ TF32_TOLERANCE = 2e-2
 
 
 class Numbers(NamedTuple):
-    """What a call returned, as NumPy arrays in our layout; gradients None forward."""
+    """What a call returned, in our layout; the gradients are None forward.
+
+    All are NumPy arrays, those of the weights in `LSTMParams`.
+    """
 
     y: np.ndarray
-    params_bar: LSTMParams | None = None
-    x_bar: np.ndarray | None = None
-    h_bar: np.ndarray | None = None
-    c_bar: np.ndarray | None = None
+    params_bar: Any = None
+    x_bar: Any = None
+    h_bar: Any = None
+    c_bar: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Other libraries on JAX: Haiku, Equinox, Keras, and JAX's own binding of cuDNN."""
 
+# Imports what need not be installed.
+# pyright: reportMissingImports=false
+
 import os
 import sys
 from typing import Any
@@ -197,12 +200,13 @@ def prepare_cudnn(problem: Problem) -> Prepared:
         if lengths is None:
             lengths = jnp.full(shape.batch, shape.steps, jnp.int32)
         settings = (shape.inputs, shape.hidden, 1, 0.0, False)
-        y, h, c = rnn.lstm(x, h[None], c[None], weights, lengths, *settings)
+        results: Any = rnn.lstm(x, h[None], c[None], weights, lengths, *settings)
+        y, h, c = results
         return y, h[0], c[0]
 
     def read(bar: Any) -> Any:
         # The gradient of the sum of two biases reaches both of them.
-        ((params,),) = convert.from_cudnn(bar, **sizes)
+        params: Any = convert.from_cudnn(bar, **sizes)[0][0]
         return params._replace(bias=params.bias / 2)
 
     weights = np.asarray(convert.to_cudnn([(problem.params,)]))

@@ -46,12 +46,14 @@ def implementations() -> list[Implementation]:
 def prepare(name: Any, problem: Problem) -> Prepared:
     """Sets up `lstm`; raises NotImplementedError where `explain` says it cannot run."""
     dtype = jnp.dtype(problem.dtype)
-    shaped = jax.tree.map(
+    params, x, c, h = jax.tree.map(
         lambda v: jax.ShapeDtypeStruct(v.shape, dtype),
-        (problem.params, problem.x, LSTMState(problem.c, problem.h)),
+        (problem.params, problem.x, problem.c, problem.h),
     )
     told = explain(
-        *shaped,
+        params,
+        x,
+        LSTMState(c, h),
         lengths=problem.lengths,
         resets=problem.resets,
         implementation=name,

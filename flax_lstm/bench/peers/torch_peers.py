@@ -3,6 +3,9 @@
 torch runs with as many threads as XLA, on the device that JAX runs on.
 """
 
+# Imports what need not be installed.
+# pyright: reportMissingImports=false
+
 import importlib.util
 from functools import partial
 from typing import Any
@@ -92,7 +95,7 @@ def prepare(packed: bool, problem: Problem) -> Prepared:
     module = torch.nn.LSTM(problem.shape.inputs, problem.shape.hidden)
     module = filled(module, problem, on).train(problem.mode == "gradient")
     x, h, c, y_bar = tensors(problem, on)
-    lengths = None if problem.lengths is None else torch.tensor(problem.lengths).long()
+    lengths = torch.tensor([] if problem.lengths is None else problem.lengths).long()
 
     def run() -> Any:
         if not packed:
