@@ -184,7 +184,7 @@ def test_importing_touches_no_device():
 
 def test_the_benchmarks_import_without_text_libraries_and_without_peers():
     """All of it but the command line, on a machine that has JAX and Flax alone."""
-    hidden = ("datasets", "tokenizers", "tyro", "orbax", "optax", *PEERS)
+    hidden = ("datasets", "tokenizers", "tyro", "orbax", *PEERS)
     run(
         "import sys, pkgutil, importlib\n"
         f"for name in {hidden}: sys.modules[name] = None\n"

@@ -42,7 +42,8 @@ def implementations() -> list[Implementation]:
 def prepare_linen(kind: str, problem: Problem) -> Prepared:
     """Sets up `linen.RNN`, for a step the cell alone."""
     dtype = jnp.dtype(problem.dtype)
-    cell = LINEN[kind](problem.shape.hidden, dtype=dtype, param_dtype=dtype)
+    # With param_dtype too it would trace its own weights, which has no 16-bit types.
+    cell = LINEN[kind](problem.shape.hidden, dtype=dtype)
     layer = linen.RNN(cell, time_major=True, return_carry=True)
 
     def forward(
