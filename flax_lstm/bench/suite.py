@@ -87,8 +87,9 @@ def prepare(
     if reason := one.missing():
         return {"status": "missing", "reason": reason}, None
     try:
-        prepared = one.prepare(problem)
+        # Some libraries add vectors to matrices, which a caller may have forbidden.
         with jax.numpy_rank_promotion("allow"):
+            prepared = one.prepare(problem)
             got = prepared.numbers(prepared.call())
     except NotImplementedError as error:
         return {"status": "unable", "reason": first_line(error)}, None

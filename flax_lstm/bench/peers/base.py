@@ -126,11 +126,9 @@ def prepare_on_jax(problem: Problem, peer: OnJax) -> Prepared:
             y, pull = jax.vjp(outputs, *inputs)
             return y, pull(y_bar.astype(y.dtype))
 
-    # Some libraries add vectors to matrices, which a caller may have forbidden.
-    with jax.numpy_rank_promotion("allow"):
-        start = time.perf_counter()
-        compiled = jax.jit(run).lower(*arguments).compile()
-        compile_s = time.perf_counter() - start
+    start = time.perf_counter()
+    compiled = jax.jit(run).lower(*arguments).compile()
+    compile_s = time.perf_counter() - start
     jax.block_until_ready(arguments)
 
     def numbers(result: Any) -> Numbers:

@@ -147,7 +147,11 @@ def prepare_keras(problem: Problem) -> Prepared:
 
     shape = problem.shape
     layer = keras.layers.LSTM(
-        shape.hidden, return_sequences=True, return_state=True, dtype=problem.dtype
+        shape.hidden,
+        return_sequences=True,
+        return_state=True,
+        recurrent_initializer="zeros",  # an orthogonal one has no 16-bit types
+        dtype=problem.dtype,
     )
     layer.build((shape.batch, shape.steps, shape.inputs))
     rest = [variable.value for variable in layer.non_trainable_variables]
