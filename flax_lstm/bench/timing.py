@@ -1,13 +1,14 @@
 """Times callables in alternating rounds within one process.
 
-Each round gives every callable one turn, and rounds start with a different one each, so
-that a busy moment of the machine meets all of them alike. A turn is one call, or as
+Each round gives every callable one turn, in an order drawn anew, so that a busy moment
+of the machine meets all of them alike and none always comes after the same one. A turn is one call, or as
 many as take two milliseconds. Before it comes a pause: threads that spin while they
 wait for more work (those of OpenMP do, for milliseconds) would slow down those of the
 next one. Garbage is collected between rounds only.
 """
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -83,11 +84,10 @@ def alternate(
     start, done = clock(), 0
     try:
         while done < rounds or (done < MOST_ROUNDS and clock() - start < budget_s):
-            first = done % max(1, len(names))
             gc.enable()
             gc.collect()
             gc.disable()
-            for name in names[first:] + names[:first]:
+            for name in random.Random(done).sample(names, len(names)):
                 sleep(pause_s)
                 seconds[name].append(turn(cases[name], calls[name]))
             done += 1

@@ -33,18 +33,20 @@ class Clock:
         return call
 
 
-def test_every_round_gives_each_case_a_turn_and_starts_with_another():
+def test_every_round_gives_each_case_a_turn_in_another_order():
     clock = Clock()
     cases = {name: clock.case(name, 1.0) for name in "abc"}
     found = alternate(
-        cases, rounds=3, budget_s=0.0, pause_s=0.5, clock=clock, sleep=clock.sleep
+        cases, rounds=30, budget_s=0.0, pause_s=0.5, clock=clock, sleep=clock.sleep
     )
-    assert clock.order[6:] == list("abcbcacab")  # after two calls to warm up each
-    assert clock.pauses == 9
+    turns = clock.order[6:]  # after two calls to warm up each
+    orders = {"".join(turns[at : at + 3]) for at in range(0, 90, 3)}
+    assert orders == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    assert clock.pauses == 90
     assert {name: len(one.seconds) for name, one in found.items()} == {
-        "a": 3,
-        "b": 3,
-        "c": 3,
+        "a": 30,
+        "b": 30,
+        "c": 30,
     }
 
 
