@@ -23,17 +23,17 @@ WORK = "data batching optim parallel train checkpoint"
 ARROWS = {
     "__init__": CORE,
     "cell": "",
-    "config": "",
+    "config": "choice",
     "pooling": "",
     "demo_corpus": "",
     "dropout": "cell",
     "variants": "cell",
     "loop": "",
     "checks": "cell loop",
-    "choice": "kernels",
+    "choice": "loop kernels",
     "foreign": "cell loop kernels",
-    "derivative": "cell loop foreign",
-    "sequence": "cell loop checks choice derivative kernels",
+    "derivative": "cell loop",
+    "sequence": "cell loop checks choice foreign derivative kernels",
     "directions": "cell choice loop sequence",
     "regularize": "cell dropout sequence",
     "convert": "cell variants",
@@ -57,13 +57,20 @@ ARROWS = {
     "folder": "config",
     "environment": "",
     "events": "config",
-    "epochs": f"config {WORK} events folder",
-    "run": f"{MODULES} {WORK} environment epochs events folder",
+    "startup": "",
+    "host_memory": "",
+    "epochs": f"config {WORK} events folder startup",
+    "settings": "config folder host_memory",
+    "model_state": f"{MODULES} checkpoint train",
+    "trained": "batching config data checkpoint folder model_state settings train",
+    "run": "config data checkpoint environment epochs events folder model_state "
+    "settings startup train trained",
     "bench": f"{CORE} config convert environment",
-    "cli": "config demo_corpus events report run bench",
+    "commands": "bench config events report run trained",
+    "cli": "bench commands config environment host_memory startup",
     "kernels": "cell",
-    "experiments": f"{MODULES} {WORK} convert environment events folder report run cli "
-    "kernels bench",
+    "experiments": f"{MODULES} {WORK} convert environment events folder host_memory "
+    "model_state report run cli kernels bench",
 }
 LIBRARIES = ("torch", "keras", "haiku", "equinox")
 # Third-party packages that only these nodes touch.
@@ -71,8 +78,8 @@ OWNERS = {
     "datasets": {"data", "sources", "experiments"},
     "tokenizers": {"text"},
     "orbax": {"checkpoint"},
-    "tyro": {"cli"},
-    "rich": {"cli", "report", "bench"},
+    "tyro": {"cli", "commands"},
+    "rich": {"bench", "commands", "report"},
     # Peers, which are raced and are no dependency.
     **{name: {"bench", "experiments"} for name in LIBRARIES},
 }

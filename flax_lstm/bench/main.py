@@ -62,6 +62,8 @@ def race(
     options: BenchOptions, shapes: Sequence, contenders: Sequence, screen: Console
 ) -> None:
     """Times, and saves after each case so that an interrupted run loses nothing."""
+    import jax
+
     from flax_lstm.bench import machine, plots, tables
     from flax_lstm.bench.limits import Limits, measure_limits
     from flax_lstm.bench.results import Results, limited, summary_lines
@@ -83,6 +85,8 @@ def race(
             f"--modes {' '.join(options.modes)}: none of the shapes chosen is timed in "
             "it; see --catalogue."
         )
+    # A program read from disk would pass for one that compiles fast.
+    jax.config.update("jax_enable_compilation_cache", False)
     common, surroundings = machine.provenance(), machine.surroundings()
     folder = options.out or next_folder(Path("benchmarks"))
     screen.print(
