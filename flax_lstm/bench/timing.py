@@ -1,10 +1,10 @@
 """Times callables in alternating rounds within one process.
 
 Each round gives every callable one turn, in an order drawn anew, so that a busy moment
-of the machine meets all of them alike and none always comes after the same one. A turn is one call, or as
-many as take two milliseconds. Before it comes a pause: threads that spin while they
-wait for more work (those of OpenMP do, for milliseconds) would slow down those of the
-next one. Garbage is collected between rounds only.
+of the machine meets all of them alike and none always comes after the same one. A turn
+is one call, or as many as take two milliseconds. Before it comes a pause: threads that
+spin while they wait for more work (those of OpenMP do, for milliseconds) would slow
+down those of the next one. Garbage is collected between rounds only.
 """
 
 import gc
