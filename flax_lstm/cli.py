@@ -1,4 +1,4 @@
-"""The command line: `flax-lstm train | evaluate | predict | trace`.
+"""The command line: `flax-lstm train | evaluate | predict | trace | bench`.
 
 Results go to the standard output, messages and live progress to the standard error.
 JAX and the data libraries are imported by the commands that need them, after the
@@ -22,6 +22,7 @@ from typing import Annotated
 
 import tyro
 
+from flax_lstm.bench.options import BenchOptions
 from flax_lstm.commands.answers import evaluate, predict, trace
 from flax_lstm.commands.arguments import (
     Command,
@@ -38,6 +39,7 @@ from flax_lstm.commands.terminal import (
     TERMINATED,
     UNREAD,
     USAGE,
+    Screen,
     say,
 )
 from flax_lstm.commands.training import DEMO_TEXTS, Terminated, train
@@ -117,7 +119,12 @@ def parse(argv: Sequence[str]) -> Command | None:
             ]
             | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
             | Annotated[Predict, tyro.conf.subcommand("predict")]
-            | Annotated[Trace, tyro.conf.subcommand("trace")],
+            | Annotated[Trace, tyro.conf.subcommand("trace")]
+            | Annotated[
+                BenchOptions,
+                tyro.conf.subcommand("bench"),
+                tyro.conf.FlagCreatePairsOff,
+            ],
             tyro.conf.OmitArgPrefixes,
         ],
         prog="flax-lstm",
@@ -157,6 +164,10 @@ def execute(command: Command, started: float | None = None) -> None:
             predict(command)
         case Trace():
             trace(command)
+        case BenchOptions():
+            from flax_lstm.bench.main import bench
+
+            bench(command, Screen())
 
 
 def keep_programs(command: Command) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional
 
+from flax_lstm.bench.options import BenchOptions
 from flax_lstm.config import PRESETS, Config
 
 Flag = FlagCreatePairsOff[bool]
@@ -105,4 +106,4 @@ class Trace(Common):
     """Texts to trace. None: read the standard input, one text on each line."""
 
 
-Command = Train | Evaluate | Predict | Trace
+Command = Train | Evaluate | Predict | Trace | BenchOptions
