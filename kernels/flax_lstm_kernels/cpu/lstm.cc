@@ -103,11 +103,13 @@ struct Forward {
   // Projects the inputs of `count` steps from s0 on, panel p.
   void project(int64_t s0, int64_t count, int64_t p) {
     const int64_t group = 96;
+    static thread_local Floats panel;
+    pack_gates(w, I, batch.H, p, panel.resize(I * WIDTH));
     const float** a = rows_of(0, group);
     float* out[group];
     int64_t m = 0;
     auto flush = [&] {
-      const Factor factor{I, a, kernel + p * I * WIDTH};
+      const Factor factor{I, a, panel + 0};
       product(
           m, &factor, 1,
           [&](int64_t, float* z) { std::memcpy(z, biases + p * WIDTH, WIDTH * 4); },
@@ -222,13 +224,13 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
         });
     return finish();
   }
-  call.kernel.resize(P * I * WIDTH);
   call.recurrent.resize(P * H * WIDTH);
   auto pack = [&](int64_t p) {
-    pack_gates(call.w, I, H, p, call.kernel + p * I * WIDTH);
     pack_gates(call.r, H, H, p, call.recurrent + p * H * WIDTH);
+    if (!call.chunk) pack_gates(call.w, I, H, p, call.kernel + p * I * WIDTH);
   };
   if (split_rows(B, threads)) {
+    call.kernel.resize(P * I * WIDTH);
     run(pool, threads, {P, threads}, [&](int64_t phase, int64_t task) {
       if (phase == 0) return pack(task);
       const Share share{batch, task, threads};
