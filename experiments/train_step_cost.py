@@ -23,7 +23,7 @@ counts no waiting for others on a shared machine. Each has as many threads as th
 CPUs for this process (`taskset` makes them fewer). Freed memory is kept for the next
 step, as `flax-lstm train` does, for all of them (`--system-malloc`: for none).
 
-Writes results/train_step_cost.csv.
+Writes results/train_step_cost.csv, or adds its rows to it (`--append`).
 """
 
 import argparse
@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--epoch-rounds", type=int, default=LONG_ROUNDS)
     parser.add_argument("--implementations", nargs="+", default=["xla", "cpu"])
     parser.add_argument("--system-malloc", action="store_true")
+    parser.add_argument("--append", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
     kept = not asked.system_malloc and keep_freed_memory()
@@ -281,9 +282,11 @@ def main() -> None:
         "commit": facts["commit"],
         "date": datetime.date.today().isoformat(),
     }
-    with asked.output.open("w", newline="", encoding="utf-8") as file:
+    mode = "a" if asked.append else "w"
+    with asked.output.open(mode, newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *common])
-        writer.writeheader()
+        if not asked.append:
+            writer.writeheader()
         writer.writerows(one | common for one in rows)
 
 
