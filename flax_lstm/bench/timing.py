@@ -2,9 +2,11 @@
 
 Each round gives every callable one turn, in an order drawn anew, so that a busy moment
 of the machine meets all of them alike and none always comes after the same one. A turn
-is one call, or as many as take two milliseconds. Before it comes a pause: threads that
+is one call, or as many as take ten milliseconds. Before it comes a pause: threads that
 spin while they wait for more work (those of OpenMP do, for milliseconds) would slow
-down those of the next one. Garbage is collected between rounds only.
+down those of the next one. And then, unless it takes long, a call that is not counted:
+it wakes the threads, which may take the system milliseconds, and fills the caches, as
+the calls before it do in a loop. Garbage is collected between rounds only.
 """
 
 import gc
@@ -15,8 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SAMPLE_S = 2e-3
+SAMPLE_S = 10e-3
 """A turn takes at least about this long; a clock reads in tens of nanoseconds."""
+LONG_S = 0.1
+"""A call that takes this long is not made once more to warm up."""
 MOST_ROUNDS = 200
 
 
@@ -72,10 +76,11 @@ def alternate(
             call()
         return (clock() - start) / calls
 
-    calls = {}
+    calls, warm = {}, {}
     for name, call in cases.items():
         turn(call, 1)
-        calls[name] = max(1, round(SAMPLE_S / max(turn(call, 1), 1e-7)))
+        one = max(turn(call, 1), 1e-7)
+        calls[name], warm[name] = max(1, round(SAMPLE_S / one)), one < LONG_S
     names = list(cases)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
@@ -89,6 +94,8 @@ def alternate(
             gc.disable()
             for name in random.Random(done).sample(names, len(names)):
                 sleep(pause_s)
+                if warm[name]:
+                    cases[name]()
                 seconds[name].append(turn(cases[name], calls[name]))
             done += 1
     finally:

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from flax_lstm.bench.timing import SAMPLE_S, Samples, alternate
+from flax_lstm.bench.timing import LONG_S, SAMPLE_S, Samples, alternate
 
 
 class Clock:
@@ -99,3 +99,25 @@ def test_no_case_gives_no_samples():
 
 def test_quartiles_of_a_single_round_are_its_time():
     assert Samples((2.0,), 1).quartiles == (2.0, 2.0, 2.0)
+
+
+def test_a_turn_of_a_short_case_starts_with_a_call_that_is_not_counted():
+    now, made = [0.0], {"short": 0, "long": 0}
+
+    def call(name, seconds):
+        def run():
+            made[name] += 1
+            now[0] += seconds
+
+        return run
+
+    samples = alternate(
+        {"short": call("short", 0.02), "long": call("long", 2 * LONG_S)},
+        rounds=3,
+        budget_s=0.0,
+        clock=lambda: now[0],
+        sleep=lambda seconds: None,
+    )
+    # Two calls each find out how long it takes; three rounds follow.
+    assert made == {"short": 2 + 3 * 2, "long": 2 + 3}
+    assert samples["short"].seconds == pytest.approx((0.02,) * 3)

@@ -74,7 +74,6 @@ struct Share {
 // Many rows: each thread takes its share of them through all of time. Few: all rows
 // together, and the threads share the panels of each step.
 static bool split_rows(int64_t B, int64_t threads) {
-  if (const char* s = std::getenv("FLAX_LSTM_SPLIT")) return s[0] == 'r';
   return B >= 4 * ROWS * threads;
 }
 // So few steps that to pack the weights would cost more than the products.
@@ -149,18 +148,27 @@ struct Forward {
           [&](int64_t r, float* z) { activate(share.row(r), s, p, z); });
     }
   }
-  // The same with the weights as they lie.
-  void direct_step(int64_t s, int64_t p0, int64_t p1) {
-    const int64_t H = batch.H;
-    static thread_local Floats sums;
-    float* z = sums.resize((p1 - p0) * WIDTH);
+  // The same with the weights as they lie: first columns n0 to n1 of the gates before
+  // activation, then the units of panels p0 to p1.
+  void direct_sums(int64_t s, int64_t n0, int64_t n1) {
+    const int64_t H = batch.H, G = 4 * H;
     for (int64_t i = 0; i < batch.alive[s]; i++) {
       const int64_t b = batch.rows[i];
-      std::memcpy(z, biases + p0 * WIDTH, (p1 - p0) * WIDTH * sizeof(float));
-      direct_gates(w, I, H, x + batch.at(b, s) * I, p0, p1, z);
-      direct_gates(r, H, H, h_before(b, s), p0, p1, z);
-      for (int64_t p = p0; p < p1; p++) activate(b, s, p, z + (p - p0) * WIDTH);
+      float* z = projected + i * (G + LANES);
+      std::memcpy(z + n0, bias + n0, (n1 - n0) * sizeof(float));
+      direct_columns(w, I, G, x + batch.at(b, s) * I, n0, n1, z);
+      direct_columns(r, H, G, h_before(b, s), n0, n1, z);
     }
+  }
+  void direct_step(int64_t s, int64_t p0, int64_t p1) {
+    const int64_t H = batch.H;
+    for (int64_t i = 0; i < batch.alive[s]; i++)
+      for (int64_t p = p0; p < p1; p++) {
+        alignas(64) float z[WIDTH];
+        const float* from = projected + i * (4 * H + LANES) + p * LANES;
+        for (int j = 0; j < 4; j++) store(z + j * LANES, load(from + j * H));
+        activate(batch.rows[i], s, p, z);
+      }
   }
   void activate(int64_t b, int64_t s, int64_t p, const float* z) {
     const int64_t H = batch.H, u = p * LANES, at = batch.at(b, s);
@@ -218,10 +226,15 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
   };
   const int64_t tasks = std::min(P, threads);  // that share the panels
   if (few(batch)) {
-    run(pool, threads, std::vector<int64_t>(std::max<int64_t>(S, 1), S ? tasks : 0),
-        [&](int64_t s, int64_t task) {
-          call.direct_step(s, P * task / tasks, P * (task + 1) / tasks);
-        });
+    call.projected.resize(B * (4 * H + LANES));
+    if (S)
+      run(pool, threads, std::vector<int64_t>(2 * S, tasks),
+          [&](int64_t phase, int64_t task) {
+            const int64_t s = phase / 2, p0 = P * task / tasks,
+                          p1 = P * (task + 1) / tasks, end = std::min(p1 * LANES, H);
+            if (phase % 2) return call.direct_step(s, p0, p1);
+            call.direct_sums(s, 4 * p0 * LANES, p1 == P ? 4 * H : 4 * end);
+          });
     return finish();
   }
   call.recurrent.resize(P * H * WIDTH);
@@ -447,7 +460,7 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
   const int64_t PZ = (4 * H + WIDTH - 1) / WIDTH;
   // Rows of a chunk: enough that the weights' gradient, read and written once for it,
   // is seldom moved; not so many that dz leaves the cache.
-  const int64_t target = H < 512 ? 256 : 512;
+  const int64_t target = 512;
   struct Chunk { int64_t s0, s1, rows; };
   std::vector<Chunk> chunks;
   int64_t longest = 0;

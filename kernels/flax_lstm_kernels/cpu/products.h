@@ -163,33 +163,34 @@ static void pack_transposed(const float* w, int64_t M, int64_t K, int64_t p,
 // The same products with weights as they lie, for so few rows that packing them would
 // take longer.
 
-// z[p][j][0:LANES] += sum over k of x[k] w[k][j][units of panel p], panels p0 to p1.
-static void direct_gates(const float* w, int64_t K, int64_t H, const float* x,
-                         int64_t p0, int64_t p1, float* z) {
-  constexpr int DEPTH = 4;  // rows of w for one read and write of z
-  for (int64_t k = 0; k < K; k += DEPTH) {
-    const int depth = std::min<int64_t>(DEPTH, K - k);
+// z[n] += sum over k of x[k] w[k][n] of rows of N, columns n0 to n1.
+static void direct_columns(const float* w, int64_t K, int64_t N, const float* x,
+                           int64_t n0, int64_t n1, float* z) {
+  constexpr int DEPTH = 8;  // rows of w for one read and write of z
+  int64_t k = 0;
+  for (; k + DEPTH <= K; k += DEPTH) {
     Vec xs[DEPTH];
-    for (int i = 0; i < DEPTH; i++) xs[i] = full(i < depth ? x[k + i] : 0.0f);
-    for (int j = 0; j < 4; j++)
-      for (int64_t p = p0; p < p1; p++) {
-        const int64_t u = p * LANES;
-        const float* from = w + (k * 4 + j) * H + u;
-        float* to = z + (p - p0) * WIDTH + j * LANES;
-        Vec sum = load(to);
-        if (depth == DEPTH && u + LANES <= H) {
-#pragma GCC unroll 4
-          for (int i = 0; i < DEPTH; i++) {
-            sum += xs[i] * load(from + i * 4 * H);
-            __builtin_prefetch(from + (i + DEPTH) * 4 * H);
-          }
-        } else {
-          const int n = std::min<int64_t>(LANES, H - u);
-          for (int i = 0; i < depth; i++) sum += xs[i] * load(from + i * 4 * H, n);
-        }
-        store(to, sum);
-      }
+    for (int i = 0; i < DEPTH; i++) xs[i] = full(x[k + i]);
+    int64_t n = n0;
+    for (; n + LANES <= n1; n += LANES) {
+      const float* from = w + k * N + n;
+      Vec sum = load(z + n);
+#pragma GCC unroll 8
+      for (int i = 0; i < DEPTH; i++) sum += xs[i] * load(from + i * N);
+      store(z + n, sum);
+    }
+    if (n < n1) {
+      const int lanes = n1 - n;
+      Vec sum = load(z + n, lanes);
+      for (int i = 0; i < DEPTH; i++) sum += xs[i] * load(w + (k + i) * N + n, lanes);
+      store(z + n, sum, lanes);
+    }
   }
+  for (; k < K; k++)
+    for (int64_t n = n0; n < n1; n += LANES) {
+      const int lanes = std::min<int64_t>(LANES, n1 - n);
+      store(z + n, load(z + n, lanes) + full(x[k]) * load(w + k * N + n, lanes), lanes);
+    }
 }
 
 // out[i] = sum over k of w[i][k] x[k].
