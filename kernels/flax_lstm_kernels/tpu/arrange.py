@@ -38,9 +38,7 @@ def cut_gates(array: Shaped[Array, "*K _"], hidden: int) -> Shaped[Array, "*K G"
     return cut.reshape(*lead, 4 * hidden)
 
 
-def panels(
-    recurrent_kernel: Float[Array, "H G"], units: int
-) -> Float[Array, "P _"]:
+def panels(recurrent_kernel: Float[Array, "H G"], units: int) -> Float[Array, "P _"]:
     """Fills up the recurrent weights and puts their columns in the order of panels."""
     wide = gate_lanes(recurrent_kernel)
     size = wide.shape[-1] // 4
@@ -54,7 +52,7 @@ def panels(
 def reset_bits(
     resets: Shaped[Array, "T B"], steps: int
 ) -> Int[Array, "iterations B 1"]:
-    """Packs the resets of each `steps` steps into the bits of one int32 for each row."""
+    """Packs the resets of each `steps` steps into the bits of one int32 of the row."""
     missing = up(resets.shape[0], steps) - resets.shape[0]
     bits = jnp.pad((resets != 0).astype(jnp.int32), ((0, missing), (0, 0)))
     bits = bits.reshape(-1, steps, resets.shape[1])

@@ -4,7 +4,7 @@ Against the order of the forward pass, with dh and dc those of the state after a
 
     dh += dhs[t];  dz[t], dc = transposed update and activations;  dh = dz[t] R^T
 
-Weights' and inputs' gradients are products of dz over all steps, made after this kernel.
+The gradients of weights and inputs are products of dz over all steps, made after it.
 
 Axes     T time, B batch, H hidden size, P the same in whole lanes of 128.
 Grid     As in `forward`: (tiles of the batch, iterations, panels of the weights).

@@ -72,8 +72,8 @@ class Sizes(NamedTuple):
     keep: bool
 
 
-# (pass, H in lanes, itemsize): rows and steps that are better than the heuristic's, with
-# the results file that says so. Nothing has run on hardware yet, so nothing is in it.
+# (pass, H in lanes, itemsize): rows and steps that are better than the heuristic's, and
+# the results file that says so. Nothing has run on hardware yet: there is none.
 TUNED: dict[tuple[Pass, int, int], tuple[int, int]] = {}
 
 
@@ -128,20 +128,20 @@ def plans(which: Pass, sizes: Sizes, kind: str | None) -> list[Plan]:
     if tuned is not None:
         rows, steps = min(sizes.rows, tuned[0]), tuned[1]
     # Panels as wide as the widest matrix unit, 256, where that divides H.
-    units = 256 if hidden % 256 == 0 else LANES
+    widths = [width for width in (256, LANES) if hidden % width == 0]
     found = []
     tiles = [rows] + [r for r in (128, 64, 32, 16) if r < rows and r % whole == 0]
+    # Weights that stay are worth more than long tiles, those more than many steps.
     for streamed in (False, True):
         for tile in tiles:
             counts = [1] if streamed else [s for s in (steps, 8, 4, 2, 1) if s <= steps]
             for count in dict.fromkeys(counts):
                 # Iterations of equal length: 40 steps are 3 times 14, not 16, 16, 8.
                 even = -(-sizes.steps // -(-sizes.steps // count))
-                for fused in (True, False):
-                    if fused and (which == "backward" or streamed or tile % whole):
-                        continue
-                    found.append(Plan(tile, even, units, fused, streamed))
-    # Weights that stay are worth more than long tiles, those more than many steps.
+                for units in widths if streamed else widths[:1]:
+                    if which == "forward" and not streamed and tile % whole == 0:
+                        found.append(Plan(tile, even, units, True, streamed))
+                    found.append(Plan(tile, even, units, False, streamed))
     return found
 
 
