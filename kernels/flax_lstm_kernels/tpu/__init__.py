@@ -11,7 +11,6 @@ Dtype    float32 or bfloat16 (that of `inputs`); c, gates and dz always float32.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from flax_lstm_kernels.tpu.backward import backward_pass
@@ -106,7 +105,6 @@ def backward(
     resets: UInt8[Array, "T B"] | UInt8[Array, "0 0"],
     *,
     reverse: bool,
-    dtype: Any = jnp.float32,
     kind: str | None = None,
     plan: Plan | None = None,
     interpret: Any = False,
@@ -119,11 +117,10 @@ def backward(
       d_h: Gradient of the final output.
       gates: As `forward` returned them.
       before: As `forward` returned it.
-      recurrent_kernel: As in `forward`.
+      recurrent_kernel: As in `forward`; its dtype is the computation dtype.
       lengths: As in `forward`.
       resets: As in `forward`.
       reverse: As in `forward`.
-      dtype: Computation dtype, that of the forward pass's inputs.
       kind: As in `forward`.
       plan: As in `forward`; never fused.
       interpret: As in `forward`.
@@ -135,8 +132,8 @@ def backward(
     Raises:
       NotImplementedError: If no plan fits.
     """
-    dtype = jnp.dtype(dtype)
-    sizes = Sizes(*d_hs.shape[:2], 0, d_h.shape[1], dtype.itemsize, keep=True)
+    itemsize = recurrent_kernel.dtype.itemsize
+    sizes = Sizes(*d_hs.shape[:2], 0, d_h.shape[1], itemsize, keep=True)
     return backward_pass(
         d_hs,
         d_c,
@@ -147,7 +144,6 @@ def backward(
         lengths,
         resets,
         reverse=reverse,
-        dtype=dtype,
         plan=plan or choose("backward", sizes, kind)[0],
         vmem_limit_bytes=vmem_limit(kind),
         interpret=interpret,

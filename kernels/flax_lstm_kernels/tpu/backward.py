@@ -151,14 +151,13 @@ def backward_pass(
     resets: Any,
     *,
     reverse: bool,
-    dtype: Any,
     plan: Plan,
     vmem_limit_bytes: int,
     interpret: Any = False,
 ) -> tuple[Any, ...]:
     """Runs the kernel as `plan` says; see `flax_lstm_kernels.tpu.backward`."""
     hidden = d_h.shape[1]
-    weights = panels(recurrent_kernel.astype(dtype), plan.units).T
+    weights = panels(recurrent_kernel, plan.units).T
     size = weights.shape[1]
     grid = Grid.of(gates.shape[0], d_h.shape[0], size, plan, descending=not reverse)
     operands = [(lengths[:, None], grid.column())]

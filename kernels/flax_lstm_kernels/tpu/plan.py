@@ -118,9 +118,12 @@ def plans(which: Pass, sizes: Sizes, kind: str | None) -> list[Plan]:
     """Returns the plans to choose from, the better first, whether or not they fit."""
     hidden = up(sizes.hidden, LANES)
     whole = 32 // sizes.itemsize  # rows of a register of the computation dtype
-    rows = min(sizes.rows, 256)
+    count = -(-sizes.rows // 256)
     if kind in TWO_CORES and sizes.rows >= 4 * whole:
-        rows = min(rows, up(-(-sizes.rows // 2), whole))
+        count = up(count, 2)
+    rows = sizes.rows
+    if rows > whole:
+        rows = up(-(-rows // count), whole)
     steps = MAX_STEPS
     while steps > 4 and steps * rows * hidden > 8 * 64 * 512:
         steps //= 2
@@ -134,10 +137,12 @@ def plans(which: Pass, sizes: Sizes, kind: str | None) -> list[Plan]:
     # Weights that stay are worth more than long tiles, those more than many steps.
     for streamed in (False, True):
         for tile in tiles:
-            counts = [1] if streamed else [s for s in (steps, 8, 4, 2, 1) if s <= steps]
-            for count in dict.fromkeys(counts):
+            lengths = (
+                [1] if streamed else [s for s in (steps, 8, 4, 2, 1) if s <= steps]
+            )
+            for length in dict.fromkeys(lengths):
                 # Iterations of equal length: 40 steps are 3 times 14, not 16, 16, 8.
-                even = -(-sizes.steps // -(-sizes.steps // count))
+                even = -(-sizes.steps // -(-sizes.steps // length))
                 for units in widths if streamed else widths[:1]:
                     if which == "forward" and not streamed and tile % whole == 0:
                         found.append(Plan(tile, even, units, True, streamed))
