@@ -5,6 +5,8 @@ interpreter also fills all memory that is not written with NaN and looks for rac
 is too slow for more.
 """
 
+import csv
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,7 +15,13 @@ import numpy as np
 import pytest
 import reference
 from flax_lstm_kernels import tpu
-from flax_lstm_kernels.tpu.plan import VMEM, Plan, Sizes, choose, vmem_bytes
+from flax_lstm_kernels.tpu.plan import (
+    VMEM,
+    Plan,
+    Sizes,
+    choose,
+    vmem_bytes,
+)
 from jax.experimental.pallas import tpu as pltpu
 
 pytestmark = pytest.mark.kernels
@@ -250,6 +258,25 @@ def test_every_hidden_size_to_2048_has_a_plan_that_fits(kind):
                     assert 1 <= plan.steps <= 32
                     assert -(-hidden // 128) * 128 % plan.units == 0
                     assert plan.steps == 1 or not plan.streamed
+
+
+def test_the_estimate_of_memory_is_what_the_compiler_takes():
+    """The compiler's figures: kernels/budgets.csv, for plans of every kind of TPU."""
+    path = Path(__file__).parents[2] / "kernels" / "budgets.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    for row in rows:
+        fields = (int(field.split("=")[1]) for field in row["plan"].split())
+        plan = Plan(*fields)
+        size = 0 if row["kernel"] == "backward" else int(row["I"])
+        itemsize = jnp.dtype(row["dtype"]).itemsize
+        sizes = Sizes(int(row["T"]), int(row["B"]), size, int(row["H"]), itemsize, True)
+        estimate = vmem_bytes(row["kernel"], sizes, plan) / 1024
+        # Never below. Above by the values on their way through registers and by second
+        # buffers that a single tile does without; a tile of 3 rows takes 4, not 8.
+        most = 1.1 if plan.rows % 8 == 0 else 2
+        assert 1 <= estimate / int(row["vmem_kib"]) < most, row
 
 
 def test_weights_that_fit_are_not_streamed():
