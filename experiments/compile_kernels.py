@@ -55,8 +55,11 @@ def cases() -> list[Case]:
     shapes = (
         ("bfloat16", (1024, 16, 256, 256)),
         ("float32", (40, 3, 5, 130)),  # nothing fits the lanes
+        ("bfloat16", (244, 256, 300, 128)),
         ("bfloat16", (64, 64, 512, 512)),
+        ("bfloat16", (128, 128, 1024, 1024)),
         ("bfloat16", (64, 64, 256, 2048)),
+        ("float32", (64, 64, 256, 2048)),
     )
     return [
         Case(kernel, dtype, *shape)

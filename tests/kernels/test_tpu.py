@@ -16,6 +16,7 @@ import pytest
 import reference
 from flax_lstm_kernels import tpu
 from flax_lstm_kernels.tpu.plan import (
+    USABLE,
     VMEM,
     Plan,
     Sizes,
@@ -273,9 +274,10 @@ def test_the_estimate_of_memory_is_what_the_compiler_takes():
         itemsize = jnp.dtype(row["dtype"]).itemsize
         sizes = Sizes(int(row["T"]), int(row["B"]), size, int(row["H"]), itemsize, True)
         estimate = vmem_bytes(row["kernel"], sizes, plan) / 1024
-        # Never below. Above by the values on their way through registers and by second
-        # buffers that a single tile does without; a tile of 3 rows takes 4, not 8.
-        most = 1.1 if plan.rows % 8 == 0 else 2
+        # Never below. Above, by the values on their way through registers and by second
+        # buffers that a single tile does without, less than choose leaves free; of a
+        # tile of 3 rows the compiler takes 4, not 8, and spills less than of a wide one.
+        most = 2 - USABLE if plan.rows % 8 == 0 else 2
         assert 1 <= estimate / int(row["vmem_kib"]) < most, row
 
 
@@ -284,7 +286,8 @@ def test_weights_that_fit_are_not_streamed():
     for kind, hidden, itemsize, streamed in (
         ("TPU v4", 1024, 2, False),  # 8 MiB
         ("TPU v4", 1024, 4, True),  # 16 MiB
-        ("TPU v5e", 2048, 4, False),  # 64 MiB of 128
+        ("TPU v5e", 1024, 4, False),  # 16 MiB of 128
+        ("TPU v6e", 2048, 4, True),  # 64 MiB of 128, but the compiler wants 43 more
         ("TPU v5p", 2048, 4, True),  # 64 MiB of 64
         ("TPU7x", 2048, 2, False),  # 32 MiB of 64
     ):
