@@ -276,7 +276,7 @@ def test_the_estimate_of_memory_is_what_the_compiler_takes():
         estimate = vmem_bytes(row["kernel"], sizes, plan) / 1024
         # Never below. Above, by the values on their way through registers and by second
         # buffers that a single tile does without, less than choose leaves free; of a
-        # tile of 3 rows the compiler takes 4, not 8, and spills less than of a wide one.
+        # tile of 3 rows the compiler takes 4, not 8, and spills less than of many.
         most = 2 - USABLE if plan.rows % 8 == 0 else 2
         assert 1 <= estimate / int(row["vmem_kib"]) < most, row
 

@@ -76,7 +76,8 @@ def forward(
     Raises:
       NotImplementedError: If no plan fits.
     """
-    sizes = Sizes(*inputs.shape, h.shape[1], inputs.dtype.itemsize, keep)
+    steps, rows, size = inputs.shape
+    sizes = Sizes(steps, rows, size, h.shape[1], inputs.dtype.itemsize, keep)
     return forward_pass(
         inputs,
         kernel,
@@ -133,7 +134,8 @@ def backward(
       NotImplementedError: If no plan fits.
     """
     itemsize = recurrent_kernel.dtype.itemsize
-    sizes = Sizes(*d_hs.shape[:2], 0, d_h.shape[1], itemsize, keep=True)
+    steps, rows, hidden = d_hs.shape
+    sizes = Sizes(steps, rows, 0, hidden, itemsize, keep=True)
     return backward_pass(
         d_hs,
         d_c,

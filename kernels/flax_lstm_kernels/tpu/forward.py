@@ -50,18 +50,20 @@ def project(x: Any, kernel: Any, bias: Any) -> Any:
 
 def body(ends_ref, *refs, plan: Plan, grid: Grid, keep: bool, cuts: bool):
     """Runs one place of the grid; see the module."""
-    refs = list(refs)
-    lengths_ref = refs.pop(0)
-    resets_ref = refs.pop(0) if cuts else None
-    source_ref = refs.pop(0)  # x where fused, else z
-    kernel_ref, bias_ref = (refs.pop(0), refs.pop(0)) if plan.fused else (None, None)
-    weights_ref, c_first_ref, h_first_ref, hs_ref, c_last_ref, h_last_ref = refs[:6]
-    del refs[:6]
-    gates_ref, before_ref = (refs.pop(0), refs.pop(0)) if keep else (None, None)
-    c_ref, h_ref, operand_ref, *z_scratch = refs
+    ahead: list[Any] = list(refs)
+
+    def take(present: bool = True) -> Any:
+        return ahead.pop(0) if present else None
+
+    lengths_ref, resets_ref, source_ref = take(), take(cuts), take()  # x, else z
+    kernel_ref, bias_ref = take(plan.fused), take(plan.fused)
+    weights_ref, c_first_ref, h_first_ref = take(), take(), take()
+    hs_ref, c_last_ref, h_last_ref = take(), take(), take()
+    gates_ref, before_ref = take(keep), take(keep)
+    c_ref, h_ref, operand_ref = take(), take(), take()
     z_ref = source_ref
     if plan.fused:
-        z_ref = gates_ref if keep else z_scratch[0]
+        z_ref = gates_ref if keep else take()
 
     here = grid.here(ends_ref)
     size, visible = c_ref.shape[1], hs_ref.shape[-1]
