@@ -34,6 +34,7 @@ COLUMNS = [
     "test_accuracy",
     "test_accuracy_published",
     "max_length",
+    "sparse_embedding",
     "seconds",
     "device",
     "jax",
@@ -49,6 +50,7 @@ def rows_of(folder: Path) -> list[dict]:
     common = {
         "seed": config["training"]["seed"],
         "max_length": config["data"]["max_length"],
+        "sparse_embedding": config["training"]["sparse_embedding"],
         "device": environment["devices"][0],
         "jax": environment["packages"]["jax"],
         "commit": environment["commit"],

@@ -26,7 +26,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from flax_lstm.cell import LSTMParams, LSTMState, activate, project, update
-from flax_lstm.foreign import forward_p, linear_p
 from flax_lstm.loop import select, vary_with
 
 
@@ -39,19 +38,15 @@ class Options(NamedTuple):
       hoist: Multiplies all inputs with the kernel before the loop, in one product,
         not step by step inside it.
       flatten: Joins time and batch to one axis for the products after the loop.
-      foreign: Runs the loops as the primitives of `flax_lstm.foreign`.
     """
 
     reverse: bool = False
     unroll: int = 1
     hoist: bool = True
     flatten: bool = False
-    foreign: bool = False
 
     @classmethod
-    def for_backend(
-        cls, *, reverse: bool = False, unroll: int = 1, foreign: bool = False
-    ) -> "Options":
+    def for_backend(cls, *, reverse: bool = False, unroll: int = 1) -> "Options":
         """Chooses what is faster on the default backend.
 
         On a CPU the loop is no faster for finding its inputs multiplied already: they
@@ -61,15 +56,14 @@ class Options(NamedTuple):
         See experiments/results/derivative_cost.csv.
         """
         cpu = jax.default_backend() == "cpu"
-        return cls(reverse, unroll, hoist=not cpu, flatten=cpu, foreign=foreign)
+        return cls(reverse, unroll, hoist=not cpu, flatten=cpu)
 
 
 class Kept(NamedTuple):
     """What the derivative needs of every step: the gates and the states around it.
 
     Attributes:
-      gates: i, f, g, o, each `[T, *B, H]`, after activation; one array `[T, B, 4H]`
-        where the loops are foreign.
+      gates: i, f, g, o, each `[T, *B, H]`, after activation.
       c: `[T, *B, H]`, the cell that the step started from, after a reset.
       h: `[T, *B, H]`, the output that the step ended with.
     """
@@ -116,8 +110,6 @@ def forward(
     keep: bool,
 ) -> tuple[LSTMState, Array, Kept | None]:
     """Returns the final state, h of every step, and what the derivative needs."""
-    if options.foreign:
-        return foreign_forward(options, params, inputs, state, live, resets, keep)
     params = LSTMParams(*(p.astype(inputs.dtype) for p in params))
     z_x = project(inputs, params.kernel) if options.hoist else inputs
 
@@ -189,8 +181,6 @@ def tangent(options: Options, fixed: Any, tangents: Any) -> tuple[LSTMState, Arr
         + product(h_before.astype(wide), d_params.recurrent_kernel)
     )
     d_z = d_z + jnp.broadcast_to(d_params.bias.astype(wide), d_z.shape)
-    if options.foreign:
-        return foreign_tangent(options, d_z, d_state, kept, params, live, resets)
     # Turned here, once: transposed, the loop multiplies with it as it lies in memory.
     turned = params.recurrent_kernel.astype(inputs.dtype).astype(wide).T
 
@@ -238,81 +228,3 @@ def shift(
     if reverse:
         return jnp.concatenate([sequence, first[None]])[1:]
     return jnp.concatenate([first[None], sequence])[:-1]
-
-
-def one_axis(array: Any, first: int) -> Any:
-    """Joins the batch axes: `[*A, *B, H]` with A of `first` axes to `[*A, B, H]`."""
-    lead, last = array.shape[:first], array.shape[-1]
-    return array.reshape(*lead, math.prod(array.shape[first:-1]), last)
-
-
-def foreign_masks(
-    live: Array | None, resets: Array | None, steps: int, rows: int
-) -> tuple[Array, Array]:
-    """Returns the lengths and the resets in the form of `flax_lstm.foreign`."""
-    if live is None:
-        lengths = jnp.full(rows, steps, jnp.int32)
-    else:
-        lengths = live.reshape(steps, rows).sum(0, dtype=jnp.int32)
-    if resets is None:
-        return lengths, jnp.zeros((0, 0), jnp.uint8)
-    return lengths, resets.reshape(steps, rows).astype(jnp.uint8)
-
-
-def foreign_forward(
-    options: Options,
-    params: LSTMParams,
-    inputs: Array,
-    state: LSTMState,
-    live: Array | None,
-    resets: Array | None,
-    keep: bool,
-) -> tuple[LSTMState, Array, Kept | None]:
-    """Does what `forward` does by the foreign loop."""
-    steps, *batch, _ = inputs.shape
-    rows = math.prod(batch)
-    h, c_last, h_last, gates, before = forward_p.bind(
-        one_axis(inputs, 1),
-        *params,
-        one_axis(state.c, 0),
-        one_axis(state.h, 0),
-        *foreign_masks(live, resets, steps, rows),
-        reverse=bool(options.reverse),
-        keep=keep,
-    )
-    final = LSTMState(c_last.reshape(state.c.shape), h_last.reshape(state.h.shape))
-    h = h.reshape(steps, *state.h.shape)
-    if not keep:
-        return final, h, None
-    # In the direction of processing the padding of a reversed row comes first: what
-    # stands in it is the state before the first step.
-    before_h = (
-        h if live is None else select(live, h, jnp.broadcast_to(state.h, h.shape))
-    )
-    return final, h, Kept(gates, before.reshape(h.shape), before_h)
-
-
-def foreign_tangent(
-    options: Options,
-    d_z: Array,
-    d_state: LSTMState,
-    kept: Kept,
-    params: LSTMParams,
-    live: Array | None,
-    resets: Array | None,
-) -> tuple[LSTMState, Array]:
-    """Does what the loop in `tangent` does by the foreign loop."""
-    d_z, before = one_axis(d_z, 1), one_axis(kept.c, 1)
-    d_h, c_last, h_last = linear_p.bind(
-        d_z,
-        one_axis(d_state.c, 0),
-        one_axis(d_state.h, 0),
-        kept.gates,
-        before,
-        params.recurrent_kernel,
-        *foreign_masks(live, resets, *d_z.shape[:2]),
-        reverse=bool(options.reverse),
-    )
-    shape = d_state.c.shape
-    final = LSTMState(c_last.reshape(shape), h_last.reshape(shape))
-    return final, d_h.reshape(kept.h.shape)

@@ -4,7 +4,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,15 +74,21 @@ def commit() -> str | None:
     return lines[0] if lines else None
 
 
-def use_compilation_cache(folder: str | Path | None = None) -> Path:
+class CompilationCacheWarning(UserWarning):
+    """Compiled programs cannot be kept; they are compiled anew each time."""
+
+
+def use_compilation_cache(folder: str | Path | None = None) -> Path | None:
     """Keeps compiled programs on disk, so that a second run starts sooner.
+
+    Warns, and keeps none, where the folder cannot be written.
 
     Args:
       folder: Where to keep them. When None: what `JAX_COMPILATION_CACHE_DIR` says,
         else `flax-lstm/xla` in the user's cache folder.
 
     Returns:
-      The folder in use.
+      The folder in use; None where there is none.
     """
     chosen = jax.config.values.get("jax_compilation_cache_dir")
     if folder is not None:
@@ -88,6 +96,22 @@ def use_compilation_cache(folder: str | Path | None = None) -> Path:
     elif not chosen:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         chosen = Path(home) / "flax-lstm" / "xla"
+    if "://" not in str(chosen):  # JAX takes addresses of object stores as well
+        try:
+            Path(chosen).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=chosen) as probe:
+                probe.write(b"x")
+        except OSError as error:
+            warnings.warn(
+                f"cannot keep compiled programs in {chosen}: {error.strerror}; every "
+                "start compiles anew. Set JAX_COMPILATION_CACHE_DIR to a folder that "
+                "can be written, or give --no-compilation-cache.",
+                CompilationCacheWarning,
+                stacklevel=2,
+            )
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
+            return None
     jax.config.update("jax_compilation_cache_dir", str(chosen))
     # JAX looks for the folder once, when it first compiles; make it look again.
     compilation_cache.reset_cache()

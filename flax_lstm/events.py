@@ -121,6 +121,11 @@ class Finished:
       epochs_done: Epochs trained.
       stopped_early: Whether `patience` ended training.
       seconds: Since the run, or its resumption, began to train.
+      startup_seconds: From the start of the command, or of the call, to the first
+        step; None where no step was left to take.
+      startup_compile_seconds: What of that XLA took to compile, or to read compiled
+        programs from disk; None likewise.
+      wait_share: Share of the training time spent waiting for the next batch.
     """
 
     folder: Path
@@ -130,6 +135,9 @@ class Finished:
     epochs_done: int
     stopped_early: bool
     seconds: float
+    startup_seconds: float | None
+    startup_compile_seconds: float | None
+    wait_share: float
 
 
 Event = RunStarted | StepDone | EpochDone | Finished

@@ -161,12 +161,19 @@ def start_lines(event: RunStarted) -> list[str]:
 
 
 def finish_lines(event: Finished) -> list[str]:
-    """Returns how training ended, and which epoch is tested."""
+    """Returns how training started and ended, and which epoch is tested."""
     how = "stopped early, no better for a while" if event.stopped_early else "done"
-    return [
+    lines = [
         f"Training {how}: {event.epochs_done} epochs in {clock(event.seconds)}. "
         f"Restored epoch {event.tested_epoch} for the test."
     ]
+    if event.startup_seconds is not None:
+        lines.append(
+            f"First step after {event.startup_seconds:.1f} s, of which compilation "
+            f"{event.startup_compile_seconds:.1f} s; input wait "
+            f"{event.wait_share:.1%} of the training time."
+        )
+    return lines
 
 
 def metrics_lines(metrics: Mapping[str, float]) -> list[str]:

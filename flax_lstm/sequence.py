@@ -11,6 +11,7 @@ Pieces   A sequence may be fed piece by piece, each starting from the final stat
          one before: the numbers are those of the whole.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from flax_lstm.cell import (
 from flax_lstm.checks import check_params, check_sequence, check_state
 from flax_lstm.choice import Explanation, Implementation, choose, explained
 from flax_lstm.derivative import Options, recurrence
+from flax_lstm.foreign import recurrence as recurrence_of_kernel
 from flax_lstm.loop import (
     Given,
     chunk_length,
@@ -40,7 +42,6 @@ from flax_lstm.loop import (
     live_steps,
     select,
     vary_with,
-    varying_axes,
 )
 
 Cell = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -96,9 +97,9 @@ def lstm(
       dtype: Computation dtype; the promotion of inputs and weights when None. The
         cell state is carried in float32 at least.
       implementation: "scan" is `jax.lax.scan` differentiated by JAX, the reference.
-        "xla" has a derivative arranged for speed (`flax_lstm.derivative`). "cpu" is the
-        same with its loops in C++ (`flax_lstm_kernels.cpu`). None chooses the fastest
-        that can do what was asked; see `explain`.
+        "xla" has a derivative arranged for speed (`flax_lstm.derivative`). "cpu" is a
+        kernel in C++ (`flax_lstm_kernels.cpu`). None chooses the fastest that can do
+        what was asked; see `explain`.
       unroll: Steps of the scan unrolled into one loop iteration.
       remat: Saves memory in reverse mode for one more run forward: what the derivative
         needs is kept for that many steps at a time; True for the square root of T.
@@ -112,9 +113,8 @@ def lstm(
       NotImplementedError: If the implementation asked for cannot run, or with `remat`
         where time is symbolic.
     """
-    run = choose(implementation)
     call = prepared(params, inputs, state, lengths, resets, dtype)
-    over_time = OVER_TIME[run]
+    over_time = OVER_TIME[choose(implementation, call)]
     return over_time(
         *call,
         lengths=lengths,
@@ -163,10 +163,12 @@ def explain(
     >>> print(told.reasons["xla"])
     could run, but "scan" was asked for
     """
-    explanation = explained(implementation)
+    told = []
 
     def call(arrays: Any) -> Any:
         params, inputs, state, lengths, resets = arrays
+        arguments = prepared(params, inputs, state, lengths, resets, dtype)
+        told.append(explained(implementation, arguments))
         return lstm(
             params,
             inputs,
@@ -174,12 +176,12 @@ def explain(
             lengths=lengths,
             resets=resets,
             dtype=dtype,
-            implementation=explanation.implementation,
+            implementation=told[0].implementation,
             **options,
         )
 
     jax.eval_shape(call, (params, inputs, state, lengths, resets))
-    return explanation
+    return told[0]
 
 
 def lstm_internals(
@@ -274,11 +276,10 @@ def lstm_by_xla(
     keep_order: bool,
     unroll: int,
     remat: bool | int,
-    foreign: bool = False,
 ) -> tuple[LSTMState, Array]:
     """Runs arguments that `prepared` returned with the derivative of our own."""
     inputs, live, resets = masked(inputs, lengths, resets)
-    options = Options.for_backend(reverse=reverse, unroll=unroll, foreign=foreign)
+    options = Options.for_backend(reverse=reverse, unroll=unroll)
 
     def run(state: LSTMState, xs: Any) -> tuple[LSTMState, Array]:
         return recurrence(options, params, xs[0], state, *xs[1:])
@@ -295,26 +296,51 @@ def lstm_by_xla(
 
 
 def lstm_by_cpu(
-    params: LSTMParams, inputs: Array, state: LSTMState, **options: Any
+    params: LSTMParams,
+    inputs: Array,
+    state: LSTMState,
+    *,
+    lengths: Any,
+    resets: Any,
+    reverse: bool,
+    keep_order: bool,
+    unroll: int,
+    remat: bool | int,
 ) -> tuple[LSTMState, Array]:
-    """Runs arguments that `prepared` returned by the C++ kernel of the CPU.
-
-    Raises:
-      NotImplementedError: If the kernel is not made for them.
-    """
-    found = None
-    if inputs.dtype != jnp.float32:
-        found = f"float32 only; the computation dtype is {inputs.dtype}"
-    elif not all(isinstance(size, int) and size > 0 for size in inputs.shape):
-        found = f"sizes known and above 0 only; inputs are {inputs.shape}"
-    elif any(varying_axes(leaf) for leaf in (*params, inputs, *state)):
-        found = "not inside jax.shard_map"
-    if found is not None:
-        raise NotImplementedError(
-            f'implementation="cpu" cannot run: {found}; use "xla", "scan" or None.'
-        )
+    """Runs arguments that `prepared` returned by the C++ kernel of the CPU."""
+    del unroll  # there is no scan
+    steps, *batch, _ = inputs.shape
     params = LSTMParams(*(leaf.astype(inputs.dtype) for leaf in params))
-    return lstm_by_xla(params, inputs, state, foreign=True, **options)
+
+    def run(state: LSTMState, xs: Any) -> tuple[LSTMState, Array]:
+        x, live, resets = xs
+        steps, rows = x.shape[:2]
+        lengths = (
+            jnp.full(rows, steps, jnp.int32)
+            if live is None
+            else live.sum(0, dtype=jnp.int32)
+        )
+        resets = jnp.zeros((0, 0), jnp.uint8) if resets is None else resets
+        return recurrence_of_kernel(reverse, params, x, state, lengths, resets)
+
+    def one_axis(array: Given, first: int) -> Given:
+        return array.reshape(
+            *array.shape[:first], math.prod(batch), *array.shape[first + len(batch) :]
+        )
+
+    live = None if lengths is None else live_steps(steps, jnp.asarray(lengths))
+    resets = None if resets is None else jnp.asarray(resets).astype(jnp.uint8)
+    masks = (None if mask is None else one_axis(mask, 1) for mask in (live, resets))
+    final, outputs = in_chunks(
+        run,
+        jax.tree.map(lambda leaf: one_axis(leaf, 0), state),
+        (one_axis(inputs, 1), *masks),
+        length=chunk_length(remat, steps),
+        reverse=reverse,
+    )
+    final = jax.tree.map(lambda leaf: leaf.reshape(*batch, leaf.shape[-1]), final)
+    outputs = outputs.reshape(steps, *batch, outputs.shape[-1])
+    return final, flip(outputs, lengths) if reverse and not keep_order else outputs
 
 
 OVER_TIME = {"scan": lstm_by_scan, "xla": lstm_by_xla, "cpu": lstm_by_cpu}

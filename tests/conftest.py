@@ -5,9 +5,13 @@ rank promotion, which turns a `(B,) - (B, 1)` slip into an error; and every shap
 annotation of the package checked at each call.
 """
 
+import contextlib
+import io
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -51,3 +55,99 @@ def x64() -> Iterator[None]:
     """Runs the test with 64-bit types."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory) -> Iterator[None]:
+    """Keeps compiled programs for this session, in a folder of its own.
+
+    Most runs compile the same programs: 7 s of CPU each, 1 s with the cache. No earlier
+    session is seen, and processes that a test starts use the same folder.
+    """
+    from flax_lstm.environment import use_compilation_cache
+
+    variable, option = "JAX_COMPILATION_CACHE_DIR", "jax_compilation_cache_dir"
+    before = os.environ.get(variable), jax.config.values.get(option)
+    os.environ[variable] = str(tmp_path_factory.mktemp("xla"))
+    use_compilation_cache(os.environ[variable])
+    yield
+    os.environ.pop(variable)
+    if before[0] is not None:
+        os.environ[variable] = before[0]
+    jax.config.update(option, before[1])
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """Eighty short texts in a file."""
+    from small_runs import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("data") / "texts.csv")
+
+
+@pytest.fixture(scope="session")
+def trained(source, tmp_path_factory, compilation_cache):
+    """A finished run with everything it said."""
+    from small_runs import make_config
+
+    from flax_lstm import run
+
+    events = []
+    folder = tmp_path_factory.mktemp("runs") / "done"
+    result = run.train(make_config(source), folder, on_event=events.append)
+    return result, events
+
+
+@pytest.fixture(scope="session")
+def straight(source, tmp_path_factory, trained) -> Callable:
+    """Trains by a recipe without a stop, each recipe once."""
+    from small_runs import make_config
+
+    from flax_lstm import run
+
+    done = {}
+
+    def train(recipe):
+        if not recipe:
+            return trained[0]
+        name = str(sorted(recipe))
+        if name not in done:
+            folder = tmp_path_factory.mktemp("runs") / "straight"
+            done[name] = run.train(make_config(source, **recipe), folder)
+        return done[name]
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory, compilation_cache) -> tuple[Path, str]:
+    """A small run on the demo corpus: its folder, and what training it printed."""
+    from command_lines import SMALL
+
+    from flax_lstm import cli
+
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cli.main(["train", "--out", str(folder), *SMALL]) == 0
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def demo_folder(demo_run) -> Path:
+    """The folder of that run."""
+    return demo_run[0]
+
+
+@pytest.fixture
+def stdin(monkeypatch, tmp_path) -> Callable[[bytes], None]:
+    """Gives the command line these bytes on its standard input."""
+
+    def give(content: bytes) -> None:
+        path = tmp_path / "stdin"
+        path.write_bytes(content)
+        # Stays open for the test to read, as a standard input does.
+        opened = open(path, encoding="utf-8")  # noqa: SIM115 open for the test
+        monkeypatch.setattr(sys, "stdin", opened)
+
+    return give

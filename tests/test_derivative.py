@@ -398,9 +398,10 @@ def test_the_weights_gradients_are_single_products_outside_the_loop():
 
 def test_explain_says_what_runs_and_why_not_the_others():
     params, inputs, _ = draw(0, jnp.float32)
-    told = fl.explain(params, inputs)
+    told = fl.explain(params, inputs, dtype=jnp.bfloat16)
     assert told.implementation == "xla"
     assert set(told.reasons) == {"pallas", "cudnn", "cpu", "scan"}
+    assert "float32 only" in told.reasons["cpu"]
     assert "needs a CUDA device" in told.reasons["cudnn"]
     assert str(told).startswith("xla: runs\n")
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)

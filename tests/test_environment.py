@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from flax_lstm import environment
 
@@ -42,6 +43,22 @@ def test_compiled_programs_are_kept_where_they_should_be(tmp_path, way):
     )
     assert done.stdout.strip() == str(want), done.stderr
     assert any(want.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning_and_no_cache(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        with pytest.warns(
+            environment.CompilationCacheWarning,
+            match=r"cannot keep compiled programs in .*file/xla: Not a directory; .*"
+            "JAX_COMPILATION_CACHE_DIR.*--no-compilation-cache",
+        ):
+            assert environment.use_compilation_cache(tmp_path / "file" / "xla") is None
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 def test_the_record_names_versions_devices_and_command():

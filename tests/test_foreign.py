@@ -17,14 +17,18 @@ needs_kernel = pytest.mark.skipif(
     cpu.compiler() is None, reason="the kernel of the CPU needs a C++ compiler"
 )
 
-# (T, B, I, H): one unit; units past a vector; the rows shared out over the threads;
-# few rows, the panels shared out, in two chunks of projected inputs; K in two blocks.
+# (T, B, I, H): one unit; units past a vector; the rows shared out over the threads; few
+# rows, the panels shared out, in two chunks of projected inputs; panels deeper than a
+# block; so few steps that the weights are not packed.
 SHAPES = {
-    "one": (3, 1, 1, 1),
+    "one": (7, 3, 1, 1),
     "odd": (6, 5, 3, 21),
-    "rows": (4, 67, 10, 20),
+    "rows": (4, 211, 10, 20),
     "panels": (130, 5, 4, 40),
-    "wide": (3, 4, 140, 136),
+    "deep": (3, 25, 1030, 8),
+    "deep backward": (2, 4, 6, 260),
+    "step": (1, 1, 70, 70),
+    "few": (2, 2, 5, 37),
 }
 
 
@@ -73,7 +77,7 @@ def test_values_and_gradients_are_those_of_numpy(shape, masks, reverse):
         return results, transpose((LSTMState(d_c, d_h), d_y))
 
     ((c, h), y), gradients = run(params, x, state)
-    # A few roundings of float32 on sums of at most 140 terms, over 130 steps.
+    # A few roundings of float32 on sums of at most 1040 terms, over 130 steps.
     assert relative(y, want.outputs) < 1e-6
     assert relative(c, want.c) < 1e-6
     assert relative(h, want.h) < 1e-6
@@ -184,11 +188,76 @@ def test_pieces_of_time_and_batch_axes():
 
 
 @needs_kernel
-def test_explain_names_it_and_none_does_not_choose_it():
+@pytest.mark.parametrize("resets", [False, True], ids=["no resets", "resets"])
+def test_a_vmap_that_leaves_the_weights_alone_is_one_larger_batch(resets):
+    params, x, state, masks = inputs_of((4, 6, 3, 5), lengths=True, resets=resets)
+
+    def loss(params, x, state, masks):
+        final, y = lstm(params, x, state, implementation="cpu", **masks)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(final.c**2)
+
+    def mapped(params, x, state, masks):
+        rows = {name: m.ndim - 1 for name, m in masks.items()}
+        one_row = jax.vmap(loss, (None, 1, 0, rows))
+        grown = jax.tree.map(lambda leaf: leaf[:, None], (state, masks["lengths"]))
+        masks = {**masks, "lengths": grown[1]}
+        if "resets" in masks:
+            masks["resets"] = masks["resets"][..., None]
+        rows["lengths"] = 0
+        return jnp.sum(one_row(params, x[:, :, None], grown[0], masks))
+
+    program = jax.make_jaxpr(jax.grad(mapped, (0, 1)))(params, x, state, masks)
+    assert "flax_lstm_transposed" in str(program)
+    got = jax.grad(mapped, (0, 1, 2))(params, x, state, masks)
+    want = jax.grad(loss, (0, 1, 2))(params, x, state, masks)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@needs_kernel
+def test_gradients_of_what_is_not_asked_for_are_not_computed():
     params, x, _, _ = inputs_of(SHAPES["odd"], lengths=False, resets=False)
-    assert explain(params, x).implementation != "cpu"
-    assert "by name" in explain(params, x).reasons["cpu"]
-    assert explain(params, x, implementation="cpu").implementation == "cpu"
+
+    def loss(params):
+        return jnp.sum(lstm(params, x, implementation="cpu")[1])
+
+    assert "of_inputs=False" in str(jax.make_jaxpr(jax.grad(loss))(params))
+
+
+@needs_kernel
+def test_an_exported_module_runs_without_it():
+    params, x, _, _ = inputs_of(SHAPES["odd"], lengths=False, resets=False)
+
+    def gradient(params, x):
+        def loss(params, x):
+            return jnp.sum(lstm(params, x, implementation="cpu")[1] ** 2)
+
+        return jax.grad(loss, (0, 1))(params, x)
+
+    exported = jax.export.export(jax.jit(gradient))(params, x)
+    assert "flax_lstm_cpu" not in exported.mlir_module()
+    assert "flax_lstm_cpu" in jax.jit(gradient).lower(params, x).as_text()
+    got, want = exported.call(params, x), gradient(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernel
+def test_none_chooses_it_where_it_can_run():
+    params, x, _, _ = inputs_of(SHAPES["odd"], lengths=False, resets=False)
+    assert explain(params, x).implementation == "cpu"
+    assert explain(params, x, dtype=jnp.bfloat16).implementation == "xla"
+    assert explain(params, x[:0]).implementation == "xla"
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("rows",))
+    spec = jax.sharding.PartitionSpec(None, "rows")
+    sharded = jax.shard_map(
+        lambda x: lstm(params, x)[1], mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    rows = x[:, :4]
+    # The plain program, for a kernel is not allowed there.
+    np.testing.assert_allclose(sharded(rows), lstm(params, rows)[1], 1e-5, 1e-6)
+    refused = explain(params, x, dtype=jnp.bfloat16, implementation="cpu")
+    assert refused.implementation is None
 
 
 @needs_kernel

@@ -23,17 +23,17 @@ WORK = "data batching optim parallel train checkpoint"
 ARROWS = {
     "__init__": CORE,
     "cell": "",
-    "config": "",
+    "config": "choice",
     "pooling": "",
     "demo_corpus": "",
     "dropout": "cell",
     "variants": "cell",
     "loop": "",
     "checks": "cell loop",
-    "choice": "kernels",
+    "choice": "loop kernels",
     "foreign": "cell loop kernels",
-    "derivative": "cell loop foreign",
-    "sequence": "cell loop checks choice derivative kernels",
+    "derivative": "cell loop",
+    "sequence": "cell loop checks choice foreign derivative kernels",
     "directions": "cell choice loop sequence",
     "regularize": "cell dropout sequence",
     "convert": "cell variants",
@@ -57,30 +57,38 @@ ARROWS = {
     "folder": "config",
     "environment": "",
     "events": "config",
-    "epochs": f"config {WORK} events folder",
-    "run": f"{MODULES} {WORK} environment epochs events folder",
-    "cli": "config demo_corpus events report run",
+    "startup": "",
+    "host_memory": "",
+    "epochs": f"config {WORK} events folder startup",
+    "settings": "config folder host_memory",
+    "model_state": f"{MODULES} checkpoint train",
+    "trained": "batching config data checkpoint folder model_state settings train",
+    "run": "config data checkpoint environment epochs events folder model_state "
+    "settings startup train trained",
+    "bench": f"{CORE} config convert environment",
+    "commands": "bench config events report run trained",
+    "cli": "bench commands config environment host_memory startup",
     "kernels": "cell",
-    "experiments": f"{MODULES} {WORK} convert environment events folder report run cli "
-    "kernels",
+    "experiments": f"{MODULES} {WORK} convert environment events folder host_memory "
+    "model_state report run cli kernels bench",
 }
+LIBRARIES = ("torch", "keras", "haiku", "equinox")
 # Third-party packages that only these nodes touch.
 OWNERS = {
     "datasets": {"data", "sources", "experiments"},
     "tokenizers": {"text"},
     "orbax": {"checkpoint"},
-    "tyro": {"cli"},
-    "rich": {"cli", "report"},
+    "tyro": {"cli", "commands"},
+    "rich": {"bench", "commands", "report"},
+    # Peers, which are raced and are no dependency.
+    **{name: {"bench", "experiments"} for name in LIBRARIES},
 }
 # Executes what a file says (pickle and its kin), or would make a peer a dependency.
 NEVER = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"} | {
-    "torch",
     "tensorflow",
-    "keras",
-    "haiku",
-    "equinox",
     "onnx",
 }
+PEERS = (*LIBRARIES, "matplotlib")
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -147,6 +155,14 @@ def test_kernels_are_imported_inside_functions_only():
             assert "flax_lstm_kernels" not in names, f"{path.name} at its top level"
 
 
+def test_peers_and_plots_are_imported_inside_functions_only():
+    for path in sorted((ROOT / "flax_lstm" / "bench").rglob("*.py")):
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                words = ast.unparse(statement).replace(".", " ").split()
+                assert words[1] not in PEERS, f"{path.name} at its top level"
+
+
 def run(program: str) -> str:
     """Runs a program in a fresh interpreter and returns its standard output."""
     finished = subprocess.run(
@@ -170,6 +186,18 @@ def test_importing_touches_no_device():
         "import flax_lstm.linen, flax_lstm.nnx, flax_lstm.run, flax_lstm.cli, jax\n"
         "jax.config.update('jax_num_cpu_devices', 2)\n"
         "assert jax.device_count() >= 1"
+    )
+
+
+def test_the_benchmarks_import_without_text_libraries_and_without_peers():
+    """All of it but the command line, on a machine that has JAX and Flax alone."""
+    hidden = ("datasets", "tokenizers", "tyro", "orbax", *PEERS)
+    run(
+        "import sys, pkgutil, importlib\n"
+        f"for name in {hidden}: sys.modules[name] = None\n"
+        "import flax_lstm.bench\n"
+        "for found in pkgutil.walk_packages(flax_lstm.bench.__path__, "
+        "'flax_lstm.bench.'): importlib.import_module(found.name)"
     )
 
 

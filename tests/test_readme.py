@@ -68,7 +68,7 @@ def test_every_command_parses(command, capsys, monkeypatch, tmp_path):
 
 def test_there_are_commands_to_parse():
     verbs = {shlex.split(command)[0] for command in commands()}
-    assert verbs == {"train", "evaluate", "predict", "trace"}
+    assert verbs == {"train", "evaluate", "predict", "trace", "bench"}
 
 
 def test_the_first_screen_has_both_install_lines():

@@ -2,12 +2,13 @@
 
 import dataclasses
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from flax_lstm import report
-from flax_lstm.events import EpochDone, StepDone
+from flax_lstm.events import EpochDone, Finished, StepDone
 
 NAMES = ("negative", "positive")
 
@@ -172,3 +173,23 @@ def test_numbers_are_short():
     assert report.compact(999_499) == "999k"
     assert report.compact(12_345_678) == "12.3M"
     assert report.clock(3599.6) == "1:00:00"
+
+
+def finished(**changes) -> Finished:
+    values = dict(folder=Path(), test=None, tested_epoch=2, best_epoch=2, epochs_done=3)
+    values |= dict(stopped_early=False, seconds=75.0, wait_share=0.004)
+    values |= dict(startup_seconds=5.25, startup_compile_seconds=1.96)
+    return Finished(**values | changes)
+
+
+def test_the_end_tells_the_start_and_the_wait_for_input():
+    done, start = report.finish_lines(finished())
+    assert done == "Training done: 3 epochs in 1:15. Restored epoch 2 for the test."
+    assert start == (
+        "First step after 5.2 s, of which compilation 2.0 s; input wait 0.4% of the "
+        "training time."
+    )
+
+
+def test_a_run_that_had_no_step_left_tells_no_start():
+    assert len(report.finish_lines(finished(startup_seconds=None))) == 1

@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     d_results: tuple
 
 
-def problem(shape, dtype):
+def problem(shape, dtype, *, ended=4):
     steps, rows, size, hidden = shape
     keys = jax.random.split(jax.random.key(3), 9)
     normal = jax.random.normal
@@ -62,7 +62,7 @@ def problem(shape, dtype):
     x = normal(keys[3], (steps, rows, size))
     c, h = normal(keys[4], (2, rows, hidden))
     lengths = jax.random.randint(keys[5], (rows,), 1, steps + 1, jnp.int32)
-    lengths = lengths.at[0].set(steps).at[max(1, rows - 4) :].set(0)
+    lengths = lengths.at[0].set(steps).at[max(1, rows - ended) :].set(0)
     resets = jax.random.bernoulli(keys[6], 0.3, (steps, rows)).astype(jnp.uint8)
     d_hs = normal(keys[7], (steps, rows, hidden))
     d_c, d_h = normal(keys[8], (2, rows, hidden))
@@ -153,7 +153,7 @@ def test_values_and_gradients_are_those_of_numpy(case, reverse, dtype):
     [
         # The interpreter loses track of arrays that share memory where blocks stand
         # over, so that here they do not.
-        ((4, 8, 3, 130), Plan(8, 2, 256, True, False), False),
+        ((4, 16, 3, 130), Plan(8, 2, 256, True, False), False),
         ((2, 8, 3, 130), Plan(8, 1, 128, False, True), True),
     ],
     ids=["fused", "streamed"],
@@ -161,7 +161,7 @@ def test_values_and_gradients_are_those_of_numpy(case, reverse, dtype):
 def test_nothing_is_read_before_it_is_written_and_nothing_races(
     shape, plan, reverse, capfd
 ):
-    given = problem(shape, "float32")
+    given = problem(shape, "float32", ended=shape[1] - 8)  # the second tile
     poisoned = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
     got = run(given, plan, reverse=reverse, interpret=poisoned)
     judge(given, got, reverse=reverse, bars=BARS["float32"])

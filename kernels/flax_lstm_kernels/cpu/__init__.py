@@ -77,7 +77,12 @@ def built(compiler: str) -> Path:
     Its name is a digest of all that it depends on, this machine's processor included,
     so that a cache folder shared by several machines holds one for each.
     """
-    parts = [SOURCE.read_bytes(), compiler.encode(), " ".join(FLAGS).encode()]
+    sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
+    parts = [
+        *(path.read_bytes() for path in sources),
+        compiler.encode(),
+        " ".join(FLAGS).encode(),
+    ]
     parts += [version("jaxlib").encode(), processor().encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -135,8 +140,9 @@ def forward(
 
     Returns:
       `(hs [T, B, H], c, h, gates [T, B, 4H], before [T, B, H])`: the outputs, the final
-      state, the gates after activation and the cell that each step started from. All
-      are 0 past the lengths; the last two are empty without `keep`.
+      state, the gates after activation and the cell that each step started from. Past
+      the lengths hs is 0 and the last two are anything, NaN even; they are empty
+      without `keep`.
     """
     steps, rows, hidden = *inputs.shape[:2], h.shape[1]
     kept = (steps, rows) if keep else (0, 0)
@@ -172,13 +178,18 @@ def backward(
     d_hs: Float[Array, "T B H"],
     d_c: Float[Array, "B H"],
     d_h: Float[Array, "B H"],
+    inputs: Float[Array, "T B I"],
+    kernel: Float[Array, "I G"],
+    recurrent_kernel: Float[Array, "H G"],
+    h: Float[Array, "B H"],
+    hs: Float[Array, "T B H"],
     gates: Float[Array, "T B G"],
     before: Float[Array, "T B H"],
-    recurrent_kernel: Float[Array, "H G"],
     lengths: Int[Array, " B"],
     resets: UInt8[Array, "T B"] | UInt8[Array, "0 0"],
     *,
     reverse: bool,
+    of_inputs: bool,
 ) -> tuple[Array, ...]:
     """Carries gradients back through time.
 
@@ -186,31 +197,46 @@ def backward(
       d_hs: Gradient of the outputs; not read past the lengths.
       d_c: Gradient of the final cell.
       d_h: Gradient of the final output.
-      gates: As `forward` returned them.
-      before: As `forward` returned it.
-      recurrent_kernel: As in `forward`.
+      inputs: As in `forward`, as the next three.
+      kernel: See `inputs`.
+      recurrent_kernel: See `inputs`.
+      h: See `inputs`.
+      hs: As `forward` returned it, as the next two.
+      gates: See `hs`.
+      before: See `hs`.
       lengths: As in `forward`.
       resets: As in `forward`.
       reverse: As in `forward`.
+      of_inputs: Whether the gradient of the inputs is wanted.
 
     Returns:
-      `(d_z [T, B, 4H], d_c, d_h)`: gradients of the gates before activation (0 past
-      the lengths) and of the initial state.
+      `(d_inputs, d_kernel, d_recurrent_kernel, d_bias, d_c, d_h)`: gradients of
+      what `forward` was given; d_inputs is 0 past the lengths, and `[0, 0, 0]` unless
+      wanted.
     """
-
-    def out(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
+    outs = (
+        inputs.shape if of_inputs else (0, 0, 0),
+        kernel.shape,
+        recurrent_kernel.shape,
+        kernel.shape[1:],
+        d_c.shape,
+        d_h.shape,
+    )
     return tuple(
         jax.ffi.ffi_call(
-            "flax_lstm_cpu_backward", (out(gates.shape), out(d_c.shape), out(d_h.shape))
+            "flax_lstm_cpu_backward",
+            [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in outs],
         )(
             d_hs,
             d_c,
             d_h,
+            inputs,
+            kernel,
+            recurrent_kernel,
+            h,
+            hs,
             gates,
             before,
-            recurrent_kernel,
             lengths,
             resets,
             reverse=reverse,

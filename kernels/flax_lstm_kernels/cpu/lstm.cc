@@ -4,196 +4,27 @@
 // For s = 0 .. length-1:  z = x_t W + h R + b;  i, f, o = sigmoid;  g = tanh;
 //                         c = f c + i g;  h = o tanh(c)      (t = s, or length-1-s)
 //
-// Weights  packed once per call into panels [K][LANES * 4]: one panel holds the four
-//          gates of LANES units, so one register tile ends with all it needs for c, h.
-// Tile     ROWS rows by 4 vectors in registers; K in blocks that fit the L1 cache.
+// Panels   Weights are packed once per call into panels [K][WIDTH]: in the forward pass
+//          one panel holds the four gates of LANES units, so that a register tile ends
+//          with all it needs for c and h.
+// Tile     ROWS rows by 4 vectors, in registers (products.h). Every product, forward,
+//          backward and of the weights' gradient, is this one; but where there are too
+//          few rows to pay for packing, the weights are read as they lie.
 // Rows     are visited by falling length and only while they are alive: the padding of
 //          a batch is neither read nor computed. A reset reads a row of zeros as h, c.
-// Threads  split the rows when there are many (no waiting at all), else the panels of
-//          each step. Work is claimed from a counter, so a pool thread that comes late
-//          or never costs nothing and the result does not depend on their number.
-// Order    each row's sums run over k in order, whatever the batch: same bits.
-#include <algorithm>
-#include <atomic>
+// Threads  split the rows when there are many (no waiting for one another), else the
+//          panels of each step, each thread staying with its own, in its own cache.
+// Order    Every sum of the forward pass runs over the bias, the inputs and h in that
+//          order, whatever the batch, the threads or the pieces of time: same bits.
 #include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
 #include <numeric>
-#include <thread>
 #include <vector>
 
+#include "phases.h"
+#include "products.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
-using std::int64_t;
-
-// Vector width in floats, and rows of a register tile: ROWS * 4 accumulators, 4 weights
-// and a broadcast value fit the 32 (AVX-512, NEON) or 16 (AVX2) registers.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 6;
-#elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 3;
-#else
-constexpr int LANES = 4, ROWS = 6;
-#endif
-constexpr int WIDTH = 4 * LANES;  // floats of one panel row
-constexpr int BLOCK_K = 128;      // panel block: 128 * WIDTH floats <= 32 KiB
-
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef std::int32_t Int __attribute__((vector_size(LANES * 4)));
-
-static inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
-static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-static inline Vec load(const float* p, int n) {  // the first n lanes, the others 0
-  if (n >= LANES) return load(p);
-  Vec v = {};
-  std::memcpy(&v, p, n * sizeof(float));
-  return v;
-}
-static inline void store(float* p, Vec v, int n) {
-  std::memcpy(p, &v, std::min(n, LANES) * sizeof(float));
-}
-static inline Vec full(float x) { return Vec{} + x; }
-
-// exp(x) for |x| <= 87: x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 split in two parts
-// (Cody & Waite 1980), e^r by its Taylor series to r^7 (relative error 4e-9).
-static inline Vec exp(Vec x) {
-  x = x > 87.0f ? full(87.0f) : x;
-  x = x < -87.0f ? full(-87.0f) : x;
-  const Vec magic = full(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Vec n = (x * 1.44269504f + magic) - magic;
-  Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = full(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  // NaN survives through p; its n is garbage, so it must not index anything.
-  Int e = __builtin_convertvector(x == x ? n : Vec{}, Int);
-  Int bits = (e + 127) << 23;
-  return p * reinterpret_cast<Vec&>(bits);
-}
-static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
-// Near 0 the quotient cancels; there the odd series by the coefficients of Cephes'
-// tanhf (Moshier 1984-1995), good to 1 ulp below 0.625.
-static inline Vec tanh(Vec x) {
-  Vec e = exp(2.0f * x);
-  Vec far = 1.0f - 2.0f / (e + 1.0f);
-  Vec q = x * x;
-  Vec p = full(-5.70498872745e-3f);
-  p = p * q + 2.06390887954e-2f;
-  p = p * q + -5.37397155531e-2f;
-  p = p * q + 1.33314422036e-1f;
-  p = p * q + -3.33332819422e-1f;
-  Vec near = x + x * q * p;
-  return (q < 0.390625f) ? near : far;
-}
-
-// z[r][0:WIDTH] += sum over k of a[r][k] * panel[k][0:WIDTH], for R rows at once.
-template <int R>
-static inline void tile(int n, const float* const* a, int64_t at, const float* panel,
-                        float* z) {
-  Vec sum[R][4];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) sum[r][j] = load(z + r * WIDTH + j * LANES);
-  for (int k = 0; k < n; k++, panel += WIDTH) {
-    Vec w[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) w[j] = load(panel + j * LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      Vec x = full(a[r][at + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) sum[r][j] += x * w[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) store(z + r * WIDTH + j * LANES, sum[r][j]);
-}
-
-// z[m][WIDTH] += a[m][K] panel[K][WIDTH], rows of a by pointer.
-static void product(int64_t m, int64_t K, const float* const* a, const float* panel,
-                    float* z) {
-  for (int64_t k = 0; k < K; k += BLOCK_K) {
-    int n = std::min<int64_t>(BLOCK_K, K - k);
-    const float* p = panel + k * WIDTH;
-    int64_t r = 0;
-    for (; r + ROWS <= m; r += ROWS) tile<ROWS>(n, a + r, k, p, z + r * WIDTH);
-    switch (m - r) {
-      case 5: tile<5>(n, a + r, k, p, z + r * WIDTH); break;
-      case 4: tile<4>(n, a + r, k, p, z + r * WIDTH); break;
-      case 3: tile<3>(n, a + r, k, p, z + r * WIDTH); break;
-      case 2: tile<2>(n, a + r, k, p, z + r * WIDTH); break;
-      case 1: tile<1>(n, a + r, k, p, z + r * WIDTH); break;
-    }
-  }
-}
-
-// Panel p of [K][4H] weights: row k holds gate j of units p*LANES.. at j*LANES.
-static void pack_gates(const float* w, int64_t K, int64_t H, int64_t p, float* out) {
-  int n = std::min<int64_t>(LANES, H - p * LANES);
-  for (int64_t k = 0; k < K; k++)
-    for (int j = 0; j < 4; j++)
-      store(out + k * WIDTH + j * LANES, load(w + (k * 4 + j) * H + p * LANES, n));
-}
-
-// Panel p of the transpose of w [M][K]: row k holds w[p*WIDTH + 0 .. WIDTH-1][k].
-static void pack_transposed(const float* w, int64_t M, int64_t K, int64_t p,
-                            float* out) {
-  int64_t n = std::min<int64_t>(WIDTH, M - p * WIDTH);
-  const int64_t step = 16;  // blocks, so that both sides stay in the cache
-  for (int64_t k0 = 0; k0 < K; k0 += step)
-    for (int64_t u = 0; u < WIDTH; u++)
-      for (int64_t k = k0; k < std::min(k0 + step, K); k++)
-        out[k * WIDTH + u] = u < n ? w[(p * WIDTH + u) * K + k] : 0.0f;
-}
-
-// Numbered tasks in phases: a task starts when all tasks of earlier phases are done.
-// Claims are in order, so whatever a thread waits for is already running elsewhere.
-class Phases {
- public:
-  using Task = std::function<void(int64_t phase, int64_t task)>;
-  Phases(std::vector<int64_t> counts, Task task) : task_(std::move(task)) {
-    first_.push_back(0);
-    for (int64_t n : counts) first_.push_back(first_.back() + n);
-  }
-  void work() {
-    size_t phase = 0;
-    for (;;) {
-      int64_t id = next_.fetch_add(1, std::memory_order_relaxed);
-      if (id >= first_.back()) return;
-      while (id >= first_[phase + 1]) phase++;
-      wait(first_[phase]);
-      task_(phase, id - first_[phase]);
-      done_.fetch_add(1, std::memory_order_release);
-    }
-  }
-  void wait(int64_t n) const {
-    for (int spins = 0; done_.load(std::memory_order_acquire) < n; spins++)
-      if (spins > 2000) std::this_thread::yield();
-  }
-  void finish() { work(); wait(first_.back()); }
-
- private:
-  std::vector<int64_t> first_;
-  Task task_;
-  std::atomic<int64_t> next_{0}, done_{0};
-};
-
-static void run(ffi::ThreadPool& pool, int64_t threads, std::vector<int64_t> counts,
-                Phases::Task task) {
-  auto phases = std::make_shared<Phases>(std::move(counts), std::move(task));
-  for (int64_t i = 1; i < threads; i++) pool.Schedule([phases] { phases->work(); });
-  phases->finish();
-}
 
 // What a call is about: sizes, and the rows of the batch by falling length.
 struct Batch {
@@ -202,61 +33,57 @@ struct Batch {
   const std::int32_t* lengths;
   const std::uint8_t* resets;  // [T][B] or null
   std::vector<int64_t> rows;   // batch index of the i-th longest row
-  int64_t longest;
+  std::vector<int64_t> alive;  // number of rows longer than s, for s = 0 .. T
+  int64_t longest = 0;
 
   Batch(int64_t T, int64_t B, int64_t H, bool reverse, const std::int32_t* lengths,
         const std::uint8_t* resets)
-      : T(T), B(B), H(H), reverse(reverse), lengths(lengths), resets(resets), rows(B) {
+      : T(T), B(B), H(H), reverse(reverse), lengths(lengths), resets(resets), rows(B),
+        alive(T + 1, 0) {
     std::iota(rows.begin(), rows.end(), 0);
     std::stable_sort(rows.begin(), rows.end(),
                      [&](int64_t a, int64_t b) { return length(a) > length(b); });
-    longest = B ? length(rows[0]) : 0;
+    for (int64_t b = 0; b < B; b++)
+      if (length(b)) alive[length(b) - 1]++;
+    for (int64_t s = T - 1; s >= 0; s--) alive[s] += alive[s + 1];
+    while (longest < T && alive[longest]) longest++;
   }
-  int64_t length(int64_t b) const {
-    return std::clamp<int64_t>(lengths[b], 0, T);
-  }
+  int64_t length(int64_t b) const { return std::clamp<int64_t>(lengths[b], 0, T); }
   // Index t * B + b of step s of row b.
   int64_t at(int64_t b, int64_t s) const {
     return (reverse ? length(b) - 1 - s : s) * B + b;
   }
   bool reset(int64_t b, int64_t s) const { return resets && resets[at(b, s)]; }
-  // Number of the given rows (a slice by falling length) alive at step s.
-  int64_t alive(const std::vector<int64_t>& slice, int64_t s) const {
-    return std::partition_point(slice.begin(), slice.end(),
-                                [&](int64_t b) { return length(b) > s; }) -
-           slice.begin();
-  }
   void clear_padding(float* out, int64_t width) const {
     for (int64_t b = 0; b < B; b++)
       for (int64_t t = length(b); t < T; t++)
         std::memset(out + (t * B + b) * width, 0, width * sizeof(float));
   }
-  // Rows dealt out like cards: every slice has its share of long and short ones.
-  std::vector<std::vector<int64_t>> deal(int64_t n) const {
-    std::vector<std::vector<int64_t>> slices(n);
-    for (int64_t i = 0; i < B; i++) slices[i % n].push_back(rows[i]);
-    return slices;
-  }
+};
+
+// Every `step`-th row by falling length from `first` on, those alive at some step: the
+// share of one thread has long rows and short ones.
+struct Share {
+  const Batch& batch;
+  int64_t first, step;
+  int64_t count(int64_t n) const { return n <= first ? 0 : (n - first - 1) / step + 1; }
+  int64_t index(int64_t r) const { return first + r * step; }
+  int64_t row(int64_t r) const { return batch.rows[index(r)]; }
 };
 
 // Many rows: each thread takes its share of them through all of time. Few: all rows
 // together, and the threads share the panels of each step.
-static bool split_rows(int64_t B, int64_t H, int64_t threads) {
-  return threads == 1 || B >= (H <= 256 ? 8 : 16) * threads;
+static bool split_rows(int64_t B, int64_t threads) {
+  if (const char* s = std::getenv("FLAX_LSTM_SPLIT")) return s[0] == 'r';
+  return B >= 4 * ROWS * threads;
 }
+// So few steps that to pack the weights would cost more than the products.
+static bool few(const Batch& batch) { return batch.T * batch.B <= 4; }
 
-// Scratch of one thread.
-struct Scratch {
-  std::vector<const float*> a;
-  std::vector<float> z;
-};
-static Scratch& scratch(int64_t rows) {
-  static thread_local Scratch s;
-  if (static_cast<int64_t>(s.a.size()) < rows) {
-    s.a.resize(rows);
-    s.z.resize(rows * WIDTH);
-  }
-  return s;
+static thread_local std::vector<const float*> pointers[2];
+static const float** rows_of(int i, int64_t n) {
+  if (static_cast<int64_t>(pointers[i].size()) < n) pointers[i].resize(n);
+  return pointers[i].data();
 }
 
 struct Forward {
@@ -264,266 +91,461 @@ struct Forward {
   int64_t I;
   const float *x, *bias, *h0;
   float *hs, *cT, *hT, *before, *gates;  // before and gates null when not kept
-  std::vector<float> kernel, recurrent, zeros;
-  bool hoist;
-  std::vector<float> projected;  // [chunk][B][panels][WIDTH] when hoisted
-  int64_t chunk = 0;
+  Floats kernel, recurrent, zeros, biases;
+  Floats projected;   // [chunk][B][panels][WIDTH] when the panels are split
+  int64_t chunk = 0;  // steps whose inputs are projected at once; 0 for none
+  const float *w, *r;  // the kernels as they lie
 
   int64_t panels() const { return (batch.H + LANES - 1) / LANES; }
-
+  float* projection(int64_t slot, int64_t i, int64_t p) const {
+    return projected + ((slot * batch.B + i) * panels() + p) * WIDTH;
+  }
   // Projects the inputs of `count` steps from s0 on, panel p.
   void project(int64_t s0, int64_t count, int64_t p) {
     const int64_t group = 96;
-    auto& s = scratch(group);
-    std::vector<int64_t> where;
+    static thread_local Floats panel;
+    pack_gates(w, I, batch.H, p, panel.resize(I * WIDTH));
+    const float** a = rows_of(0, group);
+    float* out[group];
+    int64_t m = 0;
     auto flush = [&] {
-      int64_t m = where.size();
-      bias_into(s.z.data(), m, p);
-      product(m, I, s.a.data(), kernel.data() + p * I * WIDTH, s.z.data());
-      for (int64_t r = 0; r < m; r++)
-        std::memcpy(&projected[(where[r] * panels() + p) * WIDTH], &s.z[r * WIDTH],
-                    WIDTH * sizeof(float));
-      where.clear();
+      const Factor factor{I, a, panel + 0};
+      product(
+          m, &factor, 1,
+          [&](int64_t, float* z) { std::memcpy(z, biases + p * WIDTH, WIDTH * 4); },
+          [&](int64_t r, float* z) { std::memcpy(out[r], z, WIDTH * 4); });
+      m = 0;
     };
-    for (int64_t step = s0; step < s0 + count; step++) {
-      int64_t n = batch.alive(batch.rows, step);
-      for (int64_t i = 0; i < n; i++) {
-        s.a[where.size()] = x + batch.at(batch.rows[i], step) * I;
-        where.push_back((step - s0) * batch.B + i);
-        if (static_cast<int64_t>(where.size()) == group) flush();
+    for (int64_t s = s0; s < s0 + count; s++)
+      for (int64_t i = 0; i < batch.alive[s]; i++) {
+        a[m] = x + batch.at(batch.rows[i], s) * I;
+        out[m++] = projection(s - s0, i, p);
+        if (m == group) flush();
       }
-    }
     flush();
   }
-  void bias_into(float* z, int64_t m, int64_t p) const {
-    const int64_t H = batch.H;
-    int n = std::min<int64_t>(LANES, H - p * LANES);
-    Vec b[4];
-    for (int j = 0; j < 4; j++) b[j] = load(bias + j * H + p * LANES, n);
-    for (int64_t r = 0; r < m; r++)
-      for (int j = 0; j < 4; j++) store(z + r * WIDTH + j * LANES, b[j]);
-  }
   const float* h_before(int64_t b, int64_t s) const {
-    if (batch.reset(b, s)) return zeros.data();
+    if (batch.reset(b, s)) return zeros + 0;
     return s ? hs + batch.at(b, s - 1) * batch.H : h0 + b * batch.H;
   }
-  // Step s of the first n rows of `slice`, panel p.
-  void step(const std::vector<int64_t>& slice, int64_t n, int64_t s, int64_t p,
-            int64_t s0) {
-    const int64_t H = batch.H;
-    auto& tmp = scratch(n);
-    float* z = tmp.z.data();
-    if (hoist) {
-      for (int64_t r = 0; r < n; r++)
-        std::memcpy(z + r * WIDTH,
-                    &projected[(((s - s0) * batch.B + r) * panels() + p) * WIDTH],
-                    WIDTH * sizeof(float));
-    } else {
-      bias_into(z, n, p);
-      for (int64_t r = 0; r < n; r++) tmp.a[r] = x + batch.at(slice[r], s) * I;
-      product(n, I, tmp.a.data(), kernel.data() + p * I * WIDTH, z);
-    }
-    for (int64_t r = 0; r < n; r++) tmp.a[r] = h_before(slice[r], s);
-    product(n, H, tmp.a.data(), recurrent.data() + p * H * WIDTH, z);
-    const int64_t u = p * LANES;
-    const int lanes = std::min<int64_t>(LANES, H - u);
+  // Step s of the rows of `share`, panels p0 to p1.
+  void step(const Share& share, int64_t s, int64_t p0, int64_t p1) {
+    const int64_t H = batch.H, n = share.count(batch.alive[s]);
+    const float **xs = rows_of(0, n), **h = rows_of(1, n);
     for (int64_t r = 0; r < n; r++) {
-      const int64_t b = slice[r], at = batch.at(b, s);
-      const float* zr = z + r * WIDTH;
-      Vec i = sigmoid(load(zr)), f = sigmoid(load(zr + LANES)),
-          g = tanh(load(zr + 2 * LANES)), o = sigmoid(load(zr + 3 * LANES));
-      float* c = cT + b * H + u;
-      Vec old = batch.reset(b, s) ? Vec{} : load(c, lanes);
-      Vec cell = f * old + i * g;
-      store(c, cell, lanes);
-      store(hs + at * H + u, o * tanh(cell), lanes);
-      if (gates) {
-        store(before + at * H + u, old, lanes);
-        float* a = gates + at * 4 * H + u;
-        store(a, i, lanes);
-        store(a + H, f, lanes);
-        store(a + 2 * H, g, lanes);
-        store(a + 3 * H, o, lanes);
-      }
+      xs[r] = x + batch.at(share.row(r), s) * I;
+      h[r] = h_before(share.row(r), s);
     }
+    for (int64_t p = p0; p < p1; p++) {
+      const Factor both[2] = {{I, xs, kernel + p * I * WIDTH},
+                              {H, h, recurrent + p * H * WIDTH}};
+      product(
+          n, chunk ? both + 1 : both, chunk ? 1 : 2,
+          [&](int64_t r, float* z) {
+            const float* from = chunk ? projection(s % chunk, share.index(r), p)
+                                      : biases + p * WIDTH;
+            std::memcpy(z, from, WIDTH * sizeof(float));
+          },
+          [&](int64_t r, float* z) { activate(share.row(r), s, p, z); });
+    }
+  }
+  // The same with the weights as they lie.
+  void direct_step(int64_t s, int64_t p0, int64_t p1) {
+    const int64_t H = batch.H;
+    static thread_local Floats sums;
+    float* z = sums.resize((p1 - p0) * WIDTH);
+    for (int64_t i = 0; i < batch.alive[s]; i++) {
+      const int64_t b = batch.rows[i];
+      std::memcpy(z, biases + p0 * WIDTH, (p1 - p0) * WIDTH * sizeof(float));
+      direct_gates(w, I, H, x + batch.at(b, s) * I, p0, p1, z);
+      direct_gates(r, H, H, h_before(b, s), p0, p1, z);
+      for (int64_t p = p0; p < p1; p++) activate(b, s, p, z + (p - p0) * WIDTH);
+    }
+  }
+  void activate(int64_t b, int64_t s, int64_t p, const float* z) {
+    const int64_t H = batch.H, u = p * LANES, at = batch.at(b, s);
+    const int lanes = std::min<int64_t>(LANES, H - u);
+    Vec i = sigmoid(load(z)), f = sigmoid(load(z + LANES)),
+        g = tanh(load(z + 2 * LANES)), o = sigmoid(load(z + 3 * LANES));
+    float* c = cT + b * H + u;
+    Vec old = batch.reset(b, s) ? Vec{} : load(c, lanes);
+    Vec cell = f * old + i * g;
+    store(c, cell, lanes);
+    store(hs + at * H + u, o * tanh(cell), lanes);
+    if (!gates) return;
+    store(before + at * H + u, old, lanes);
+    float* a = gates + at * 4 * H + u;
+    store(a, i, lanes);
+    store(a + H, f, lanes);
+    store(a + 2 * H, g, lanes);
+    store(a + 3 * H, o, lanes);
   }
 };
 
 using F32 = ffi::Buffer<ffi::F32>;
+using Out = ffi::ResultBuffer<ffi::F32>;
 
 static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent,
                           F32 bias, F32 c0, F32 h0, ffi::Buffer<ffi::S32> lengths,
-                          ffi::Buffer<ffi::U8> resets, ffi::ResultBuffer<ffi::F32> hs,
-                          ffi::ResultBuffer<ffi::F32> cT,
-                          ffi::ResultBuffer<ffi::F32> hT,
-                          ffi::ResultBuffer<ffi::F32> before,
-                          ffi::ResultBuffer<ffi::F32> gates, bool reverse) {
+                          ffi::Buffer<ffi::U8> resets, Out hs, Out cT, Out hT,
+                          Out before, Out gates, bool reverse) {
   auto dims = x.dimensions();
   const int64_t T = dims[0], B = dims[1], I = dims[2], H = h0.dimensions()[1];
   const bool keep = gates->element_count() > 0;
   Batch batch(T, B, H, reverse, lengths.typed_data(),
               resets.element_count() ? resets.typed_data() : nullptr);
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const bool by_rows = split_rows(B, H, threads);
   Forward call{batch, I, x.typed_data(), bias.typed_data(), h0.typed_data(),
-               hs->typed_data(), cT->typed_data(), hT->typed_data(),
-               keep ? before->typed_data() : nullptr,
-               keep ? gates->typed_data() : nullptr};
-  call.hoist = !by_rows;
-  const int64_t P = call.panels();
-  call.kernel.resize(P * I * WIDTH);
-  call.recurrent.resize(P * H * WIDTH);
-  call.zeros.resize(H + LANES);
+               large_pages(hs->typed_data(), T * B * H), cT->typed_data(),
+               hT->typed_data(),
+               keep ? large_pages(before->typed_data(), T * B * H) : nullptr,
+               keep ? large_pages(gates->typed_data(), T * B * 4 * H) : nullptr};
+  const int64_t P = call.panels(), S = batch.longest;
+  call.w = kernel.typed_data(), call.r = recurrent.typed_data();
+  std::memset(call.zeros.resize(H + LANES), 0, (H + LANES) * sizeof(float));
+  call.biases.resize(P * WIDTH);
+  for (int64_t p = 0; p < P; p++)
+    pack_gates(bias.typed_data(), 1, H, p, call.biases + p * WIDTH);
   std::memcpy(call.cT, c0.typed_data(), B * H * sizeof(float));  // carried in place
   batch.clear_padding(call.hs, H);
-  if (keep) {
-    batch.clear_padding(call.before, H);
-    batch.clear_padding(call.gates, 4 * H);
-  }
-  auto pack = [&](int64_t p) {
-    pack_gates(kernel.typed_data(), I, H, p, &call.kernel[p * I * WIDTH]);
-    pack_gates(recurrent.typed_data(), H, H, p, &call.recurrent[p * H * WIDTH]);
+  auto finish = [&] {
+    for (int64_t b = 0; b < B; b++) {
+      const int64_t n = batch.length(b);
+      const float* h = n ? call.hs + batch.at(b, n - 1) * H : call.h0 + b * H;
+      std::memcpy(call.hT + b * H, h, H * sizeof(float));
+    }
+    return ffi::Error::Success();
   };
-  const int64_t S = batch.longest;
-  if (by_rows) {
-    auto slices = batch.deal(threads);
+  const int64_t tasks = std::min(P, threads);  // that share the panels
+  if (few(batch)) {
+    run(pool, threads, std::vector<int64_t>(std::max<int64_t>(S, 1), S ? tasks : 0),
+        [&](int64_t s, int64_t task) {
+          call.direct_step(s, P * task / tasks, P * (task + 1) / tasks);
+        });
+    return finish();
+  }
+  call.recurrent.resize(P * H * WIDTH);
+  auto pack = [&](int64_t p) {
+    pack_gates(call.r, H, H, p, call.recurrent + p * H * WIDTH);
+    if (!call.chunk) pack_gates(call.w, I, H, p, call.kernel + p * I * WIDTH);
+  };
+  if (split_rows(B, threads)) {
+    call.kernel.resize(P * I * WIDTH);
     run(pool, threads, {P, threads}, [&](int64_t phase, int64_t task) {
       if (phase == 0) return pack(task);
-      const auto& slice = slices[task];
-      for (int64_t s = 0; s < S; s++) {
-        int64_t n = batch.alive(slice, s);
-        if (!n) break;
-        for (int64_t p = 0; p < P; p++) call.step(slice, n, s, p, 0);
-      }
+      const Share share{batch, task, threads};
+      for (int64_t s = 0; s < S; s++) call.step(share, s, 0, P);
     });
-  } else {
-    // The input projection of a chunk of steps at a time: weights are read once for it.
-    call.chunk = std::max<int64_t>(1, std::min<int64_t>(S, 512 / std::max<int64_t>(B, 1)));
-    call.projected.resize(call.chunk * B * P * WIDTH);
-    const int64_t group = std::max<int64_t>(1, P / (4 * threads));  // panels of a task
-    const int64_t tasks = (P + group - 1) / group;
-    std::vector<int64_t> counts{P}, start{-1};
-    for (int64_t s0 = 0; s0 < S; s0 += call.chunk)
-      for (int64_t s = s0 - 1; s < std::min(S, s0 + call.chunk); s++) {
-        counts.push_back(tasks);
-        start.push_back(s < s0 ? -s0 - 2 : s);  // -s0-2 stands for "project from s0"
-      }
-    run(pool, threads, counts, [&](int64_t phase, int64_t task) {
-      if (phase == 0) return pack(task);
-      int64_t s = start[phase];
-      for (int64_t p = task * group; p < std::min(P, (task + 1) * group); p++) {
-        if (s < 0) {
-          int64_t s0 = -s - 2;
-          call.project(s0, std::min(call.chunk, S - s0), p);
-        } else {
-          call.step(batch.rows, batch.alive(batch.rows, s), s, p, s - s % call.chunk);
-        }
-      }
-    });
+    return finish();
   }
-  for (int64_t b = 0; b < B; b++) {
-    const int64_t n = batch.length(b);
-    const float* h = n ? call.hs + batch.at(b, n - 1) * H : call.h0 + b * H;
-    std::memcpy(call.hT + b * H, h, H * sizeof(float));
+  // The inputs of a chunk of steps are projected at once: one read of the kernel.
+  call.chunk = std::clamp<int64_t>(512 / B, 1, std::max<int64_t>(S, 1));
+  call.projected.resize(call.chunk * B * P * WIDTH);
+  std::vector<int64_t> counts{P}, start{0};
+  for (int64_t s = 0; s < S; s++) {
+    if (s % call.chunk == 0) {
+      counts.push_back(P);
+      start.push_back(-1 - s);  // stands for "project from s"
+    }
+    counts.push_back(tasks);
+    start.push_back(s);
   }
-  return ffi::Error::Success();
+  run(pool, threads, counts, [&](int64_t phase, int64_t task) {
+    const int64_t s = start[phase];
+    if (phase == 0) return pack(task);
+    if (s < 0) return call.project(-1 - s, std::min(call.chunk, S - (-1 - s)), task);
+    call.step({batch, 0, 1}, s, P * task / tasks, P * (task + 1) / tasks);
+  });
+  return finish();
 }
 
+// Gradients go through time in chunks of steps. In one, first dz of its steps, the
+// gradient of the gates before activation; then, while dz is in the cache, what it
+// gives to the weights, the bias and the inputs.
 struct Backward {
   const Batch& batch;
-  const float *dhs, *dhT, *gates, *before;
-  float *dz, *dc, *dh0;  // dc [B][H] is carried in place and ends as that of c0
-  std::vector<float> recurrent;
+  int64_t I;
+  const float *dhs, *dhT, *x, *h0, *hs, *gates, *before;
+  float *dx, *dkernel, *drecurrent, *dbias;  // dx null when not wanted
+  float *dc, *dh0;  // dc [B][H] is carried in place and ends as that of c0
+  Floats recurrent, kernel, zeros;
+  Floats dz;       // [2][rows of the longest chunk][4H]: this chunk and the one before
+  Floats factors;  // [I + H][rows of the chunk]: inputs and h before, transposed
+  std::vector<int64_t> where;  // row of dz at which a step begins
+  const float *w, *r;          // the kernels as they lie
+  // The rows of the chunk in hand: dz, inputs, h before, where dx goes.
+  std::vector<const float*> dzs, xs, hs_before;
+  std::vector<float*> dxs;
 
   int64_t panels() const { return (batch.H + WIDTH - 1) / WIDTH; }
-
-  // Gradient of the pre-activations at step s (-1: of the initial state) for the units
-  // of panel p, of the first n rows of `slice`, of which the first m have a later step.
-  void step(const std::vector<int64_t>& slice, int64_t n, int64_t m, int64_t s,
-            int64_t p) {
-    const int64_t H = batch.H, u0 = p * WIDTH;
-    auto& tmp = scratch(n);
-    float* z = tmp.z.data();
-    std::memset(z, 0, n * WIDTH * sizeof(float));
-    for (int64_t r = 0; r < m; r++) tmp.a[r] = dz + batch.at(slice[r], s + 1) * 4 * H;
-    product(m, 4 * H, tmp.a.data(), recurrent.data() + p * 4 * H * WIDTH, z);
-    for (int64_t r = 0; r < n; r++) {
-      const int64_t b = slice[r];
-      const bool cut = r < m && batch.reset(b, s + 1);
-      for (int64_t u = u0, j = 0; u < std::min(H, u0 + WIDTH); u += LANES, j += LANES) {
-        const int lanes = std::min<int64_t>(LANES, H - u);
-        float* dcp = dc + b * H + u;
-        Vec dh = r >= m ? load(dhT + b * H + u, lanes)
-                 : cut  ? Vec{}
-                        : load(z + r * WIDTH + j);
-        Vec dcell = cut ? Vec{} : load(dcp, lanes);
-        if (s < 0) {
-          store(dh0 + b * H + u, dh, lanes);
-          store(dcp, dcell, lanes);
-          continue;
-        }
-        const int64_t at = batch.at(b, s);
-        const float* a = gates + at * 4 * H + u;
-        Vec i = load(a, lanes), f = load(a + H, lanes), g = load(a + 2 * H, lanes),
-            o = load(a + 3 * H, lanes);
-        Vec old = load(before + at * H + u, lanes);
-        Vec th = tanh(f * old + i * g);
-        dh += load(dhs + at * H + u, lanes);
-        dcell += dh * o * (1.0f - th * th);
-        float* d = dz + at * 4 * H + u;
-        store(d, dcell * g * i * (1.0f - i), lanes);
-        store(d + H, dcell * old * f * (1.0f - f), lanes);
-        store(d + 2 * H, dcell * i * (1.0f - g * g), lanes);
-        store(d + 3 * H, dh * th * o * (1.0f - o), lanes);
-        store(dcp, dcell * f, lanes);
+  int64_t input_panels() const { return dx ? (I + WIDTH - 1) / WIDTH : 0; }
+  float* dz_of(int64_t s, int64_t i) const {
+    return dz + (where[s] + i) * 4 * batch.H;
+  }
+  const float* h_before(int64_t b, int64_t s) const {
+    if (batch.reset(b, s)) return zeros + 0;
+    return s ? hs + batch.at(b, s - 1) * batch.H : h0 + b * batch.H;
+  }
+  // dz at step s (-1: gradient of the initial state) of the rows of `share`, for the
+  // units of panels p0 to p1.
+  void step(const Share& share, int64_t s, int64_t p0, int64_t p1) {
+    const int64_t H = batch.H, n = share.count(s < 0 ? batch.B : batch.alive[s]);
+    const int64_t later = share.count(batch.alive[s + 1]);
+    const float** a = rows_of(0, n);
+    for (int64_t r = 0; r < later; r++) a[r] = dz_of(s + 1, share.index(r));
+    for (int64_t p = p0; p < p1; p++) {
+      const Factor factor{4 * H, a, recurrent + p * 4 * H * WIDTH};
+      auto end = [&](int64_t r, const float* z) {
+        unit(share.row(r), share.index(r), s, p, r < later, z);
+      };
+      product(later, &factor, 1, [](int64_t, float* z) { clear_row(z); }, end);
+      for (int64_t r = later; r < n; r++) end(r, nullptr);
+    }
+  }
+  // The same with the weights as they lie.
+  void direct_step(int64_t s, int64_t p0, int64_t p1) {
+    const int64_t H = batch.H;
+    for (int64_t i = 0; i < (s < 0 ? batch.B : batch.alive[s]); i++) {
+      const bool later = i < batch.alive[s + 1];
+      for (int64_t p = p0; p < p1; p++) {
+        float z[WIDTH];
+        const int64_t u = p * WIDTH, n = std::min<int64_t>(WIDTH, H - u);
+        if (later) direct_rows(r + u * 4 * H, n, 4 * H, dz_of(s + 1, i), z);
+        unit(batch.rows[i], i, s, p, later, z);
       }
     }
   }
+  void unit(int64_t b, int64_t i_row, int64_t s, int64_t p, bool later, const float* z) {
+    const int64_t H = batch.H, end = std::min(H, (p + 1) * WIDTH);
+    const bool cut = later && batch.reset(b, s + 1);
+    for (int64_t u = p * WIDTH, j = 0; u < end; u += LANES, j += LANES) {
+      const int lanes = std::min<int64_t>(LANES, H - u);
+      float* dcp = dc + b * H + u;
+      Vec dh = cut ? Vec{} : later ? load(z + j) : load(dhT + b * H + u, lanes);
+      Vec dcell = cut ? Vec{} : load(dcp, lanes);
+      if (s < 0) {
+        store(dh0 + b * H + u, dh, lanes);
+        store(dcp, dcell, lanes);
+        continue;
+      }
+      const int64_t at = batch.at(b, s);
+      const float* a = gates + at * 4 * H + u;
+      Vec i = load(a, lanes), f = load(a + H, lanes), g = load(a + 2 * H, lanes),
+          o = load(a + 3 * H, lanes);
+      Vec old = load(before + at * H + u, lanes);
+      Vec th = tanh(f * old + i * g);
+      dh += load(dhs + at * H + u, lanes);
+      dcell += dh * o * (1.0f - th * th);
+      float* d = dz_of(s, i_row) + u;
+      store(d, dcell * g * i * (1.0f - i), lanes);
+      store(d + H, dcell * old * f * (1.0f - f), lanes);
+      store(d + 2 * H, dcell * i * (1.0f - g * g), lanes);
+      store(d + 3 * H, dh * th * o * (1.0f - o), lanes);
+      store(dcp, dcell * f, lanes);
+    }
+  }
+  // Lists the rows of steps s0 to s1.
+  void list(int64_t s0, int64_t s1) {
+    dzs.clear(), xs.clear(), hs_before.clear(), dxs.clear();
+    for (int64_t s = s0; s < s1; s++)
+      for (int64_t i = 0; i < batch.alive[s]; i++) {
+        const int64_t b = batch.rows[i], at = batch.at(b, s);
+        dzs.push_back(dz_of(s, i));
+        xs.push_back(x + at * I);
+        hs_before.push_back(h_before(b, s));
+        if (dx) dxs.push_back(dx + at * I);
+      }
+  }
+  int64_t listed() const { return dzs.size(); }
+  // Transposes the group-th WIDTH of the listed rows into `factors`.
+  void turn(int64_t group) {
+    const int64_t r = group * WIDTH, n = std::min<int64_t>(WIDTH, listed() - r);
+    transpose(&xs[r], n, I, factors + r, listed());
+    transpose(&hs_before[r], n, batch.H, factors + I * listed() + r, listed());
+  }
+  // Adds the listed rows to the gradient of the weights and the bias, columns of panel
+  // p; rows m0 to m1 of [I + H].
+  void weights(int64_t p, int64_t m0, int64_t m1, bool first) {
+    const int64_t H = batch.H, n = listed(), at = p * WIDTH;
+    const int64_t width = std::min<int64_t>(WIDTH, 4 * H - at);
+    static thread_local Floats copy;
+    float* panel = copy.resize(n * WIDTH);
+    for (int64_t r = 0; r < n; r++) {
+      if (width < WIDTH) clear_row(panel + r * WIDTH);
+      std::memcpy(panel + r * WIDTH, dzs[r] + at, width * sizeof(float));
+    }
+    if (m0 == 0 && m1 > 0)
+      for (int64_t r = 0; r < n; r++)
+        for (int64_t j = 0; j < width; j++) dbias[at + j] += panel[r * WIDTH + j];
+    const float** a = rows_of(0, m1 - m0);
+    for (int64_t m = m0; m < m1; m++) a[m - m0] = factors + m * n;
+    auto out = [&](int64_t r) {
+      const int64_t m = m0 + r;
+      return (m < I ? dkernel + m * 4 * H : drecurrent + (m - I) * 4 * H) + at;
+    };
+    const Factor factor{n, a, panel};
+    product(
+        m1 - m0, &factor, 1,
+        [&](int64_t r, float* z) {
+          if (first || width < WIDTH) clear_row(z);
+          if (!first) std::memcpy(z, out(r), width * sizeof(float));
+        },
+        [&](int64_t r, float* z) { std::memcpy(out(r), z, width * sizeof(float)); });
+  }
+  // Gradient of the listed rows' inputs, columns of panel p.
+  void inputs(int64_t p, int64_t r0, int64_t r1) {
+    const int64_t at = p * WIDTH, width = std::min<int64_t>(WIDTH, I - at);
+    const Factor factor{4 * batch.H, dzs.data() + r0, kernel + p * 4 * batch.H * WIDTH};
+    product(
+        r1 - r0, &factor, 1, [](int64_t, float* z) { clear_row(z); },
+        [&](int64_t r, float* z) {
+          std::memcpy(dxs[r0 + r] + at, z, width * sizeof(float));
+        });
+  }
+  // All that the listed rows give, with the weights as they lie: rows m0 to m1 of the
+  // weights' gradient [I + H], and columns m0 to m1 of the inputs'.
+  void direct_products(int64_t m0, int64_t m1) {
+    const int64_t G = 4 * batch.H;
+    for (int64_t m = m0; m < m1; m++) {
+      float* out = m < I ? dkernel + m * G : drecurrent + (m - I) * G;
+      for (int64_t n = 0; n < G; n += LANES) {
+        const int lanes = std::min<int64_t>(LANES, G - n);
+        Vec sum = {};
+        for (int64_t i = 0; i < listed(); i++)
+          sum += (m < I ? xs[i][m] : hs_before[i][m - I]) * load(dzs[i] + n, lanes);
+        store(out + n, sum, lanes);
+      }
+    }
+    if (m0 == 0 && m1 > 0)
+      for (const float* row : dzs)
+        for (int64_t n = 0; n < G; n++) dbias[n] += row[n];
+    const int64_t end = std::min(m1, I);
+    if (dx && m0 < end)
+      for (int64_t i = 0; i < listed(); i++)
+        direct_rows(w + m0 * G, end - m0, G, dzs[i], dxs[i] + m0);
+  }
 };
 
-static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT,
-                           F32 gates, F32 before, F32 recurrent,
-                           ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::U8> resets,
-                           ffi::ResultBuffer<ffi::F32> dz,
-                           ffi::ResultBuffer<ffi::F32> dc0,
-                           ffi::ResultBuffer<ffi::F32> dh0, bool reverse) {
+static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 x,
+                           F32 kernel, F32 recurrent, F32 h0, F32 hs, F32 gates,
+                           F32 before, ffi::Buffer<ffi::S32> lengths,
+                           ffi::Buffer<ffi::U8> resets, Out dx, Out dkernel,
+                           Out drecurrent, Out dbias, Out dc0, Out dh0, bool reverse) {
   auto dims = dhs.dimensions();
-  const int64_t T = dims[0], B = dims[1], H = dims[2];
+  const int64_t T = dims[0], B = dims[1], H = dims[2], I = x.dimensions()[2];
   Batch batch(T, B, H, reverse, lengths.typed_data(),
               resets.element_count() ? resets.typed_data() : nullptr);
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  Backward call{batch, dhs.typed_data(), dhT.typed_data(), gates.typed_data(),
-                before.typed_data(), dz->typed_data(), dc0->typed_data(),
-                dh0->typed_data()};
-  const int64_t P = call.panels(), S = batch.longest;
-  call.recurrent.resize(P * 4 * H * WIDTH);
-  std::memcpy(call.dc, dcT.typed_data(), B * H * sizeof(float));
-  batch.clear_padding(call.dz, 4 * H);
-  auto pack = [&](int64_t p) {
-    pack_transposed(recurrent.typed_data(), H, 4 * H, p,
-                    &call.recurrent[p * 4 * H * WIDTH]);
-  };
-  // At step -1 every row of the batch gets its dh0, also those of length 0.
-  auto alive = [&](const std::vector<int64_t>& slice, int64_t s) {
-    return s < 0 ? static_cast<int64_t>(slice.size()) : batch.alive(slice, s);
-  };
-  if (split_rows(B, H, threads)) {
-    auto slices = batch.deal(threads);
-    run(pool, threads, {P, threads}, [&](int64_t phase, int64_t task) {
-      if (phase == 0) return pack(task);
-      const auto& slice = slices[task];
-      for (int64_t s = S - 1; s >= -1; s--)
-        for (int64_t p = 0; p < P; p++)
-          call.step(slice, alive(slice, s), alive(slice, s + 1), s, p);
-    });
-  } else {
-    std::vector<int64_t> counts(S + 2, P);
-    run(pool, threads, counts, [&](int64_t phase, int64_t task) {
-      if (phase == 0) return pack(task);
-      int64_t s = S - phase;
-      call.step(batch.rows, alive(batch.rows, s), alive(batch.rows, s + 1), s, task);
-    });
+  Backward call{batch, I, dhs.typed_data(), dhT.typed_data(), x.typed_data(),
+                h0.typed_data(), hs.typed_data(), gates.typed_data(),
+                before.typed_data(),
+                dx->element_count() ? large_pages(dx->typed_data(), T * B * I) : nullptr,
+                large_pages(dkernel->typed_data(), I * 4 * H),
+                large_pages(drecurrent->typed_data(), H * 4 * H), dbias->typed_data(),
+                dc0->typed_data(), dh0->typed_data()};
+  const int64_t P = call.panels(), PI = call.input_panels(), S = batch.longest;
+  const int64_t PZ = (4 * H + WIDTH - 1) / WIDTH;
+  // Rows of a chunk: enough that the weights' gradient, read and written once for it,
+  // is seldom moved; not so many that dz leaves the cache.
+  const int64_t target = H < 512 ? 256 : 512;
+  struct Chunk { int64_t s0, s1, rows; };
+  std::vector<Chunk> chunks;
+  int64_t longest = 0;
+  for (int64_t s1 = S; s1 > 0; s1 = chunks.back().s0) {
+    int64_t s0 = s1, rows = 0;
+    while (s0 > 0 && rows < target) rows += batch.alive[--s0];
+    chunks.push_back({s0, s1, rows});
+    longest = std::max(longest, rows);
   }
+  call.where.assign(S + 1, 0);
+  for (std::size_t i = 0; i < chunks.size(); i++) {
+    int64_t row = i % 2 * longest;
+    for (int64_t s = chunks[i].s0; s < chunks[i].s1; s++) {
+      call.where[s] = row;
+      row += batch.alive[s];
+    }
+  }
+  const bool direct = few(batch);
+  call.w = kernel.typed_data(), call.r = recurrent.typed_data();
+  if (!direct) {
+    call.recurrent.resize(P * 4 * H * WIDTH);
+    call.kernel.resize(PI * 4 * H * WIDTH);
+  }
+  std::memset(call.zeros.resize(H + LANES), 0, (H + LANES) * sizeof(float));
+  call.dz.resize(2 * longest * 4 * H);
+  if (!direct) call.factors.resize((I + H) * longest);
+  std::memcpy(call.dc, dcT.typed_data(), B * H * sizeof(float));
+  if (S == 0) {
+    std::memset(call.dkernel, 0, I * 4 * H * sizeof(float));
+    std::memset(call.drecurrent, 0, H * 4 * H * sizeof(float));
+  }
+  std::memset(call.dbias, 0, 4 * H * sizeof(float));
+  if (call.dx) batch.clear_padding(call.dx, I);
+
+  const bool by_rows = split_rows(B, threads);
+  const int64_t parts = std::max<int64_t>(1, threads / PZ);  // of the weights' rows
+  const int64_t block = 8 * ROWS;                            // rows of a task of dx
+  enum Kind { PACK, LOOP, STEP, LIST, TURN, PRODUCTS, DIRECT };
+  struct Phase { Kind kind; int64_t s0, s1; };
+  std::vector<Phase> phases{{PACK, 0, 0}};
+  std::vector<int64_t> counts{direct ? 0 : P + PI};
+  auto add = [&](Kind kind, int64_t s0, int64_t s1, int64_t tasks) {
+    phases.push_back({kind, s0, s1});
+    counts.push_back(tasks);
+  };
+  auto through = [&](int64_t s0, int64_t s1) {
+    if (by_rows) return add(LOOP, s0, s1, threads);
+    for (int64_t s = s1 - 1; s >= s0; s--) add(STEP, s, s, std::min(P, threads));
+  };
+  for (const auto& [s0, s1, rows] : chunks) {
+    through(s0, s1);
+    add(LIST, s0, s1, 1);
+    if (direct) {
+      add(DIRECT, s0, s1, threads);
+      continue;
+    }
+    add(TURN, s0, s1, (rows + WIDTH - 1) / WIDTH);
+    add(PRODUCTS, s0, s1, PZ * parts + (PI ? (rows + block - 1) / block : 0));
+  }
+  through(-1, 0);
+
+  run(pool, threads, counts, [&](int64_t phase, int64_t task) {
+    const auto [kind, s0, s1] = phases[phase];
+    switch (kind) {
+      case PACK:
+        if (task < P)
+          return pack_transposed(recurrent.typed_data(), H, 4 * H, task,
+                                 call.recurrent + task * 4 * H * WIDTH);
+        return pack_transposed(kernel.typed_data(), I, 4 * H, task - P,
+                               call.kernel + (task - P) * 4 * H * WIDTH);
+      case LOOP:
+        for (int64_t s = s1 - 1; s >= s0; s--)
+          call.step({batch, task, threads}, s, 0, P);
+        return;
+      case STEP: {
+        const int64_t n = std::min(P, threads), p0 = P * task / n, p1 = P * (task + 1) / n;
+        return direct ? call.direct_step(s0, p0, p1)
+                      : call.step({batch, 0, 1}, s0, p0, p1);
+      }
+      case DIRECT: {
+        const int64_t M = I + H;
+        return call.direct_products(M * task / threads, M * (task + 1) / threads);
+      }
+      case LIST: return call.list(s0, s1);
+      case TURN: return call.turn(task);
+      case PRODUCTS: {
+        if (task < PZ * parts) {
+          const int64_t part = task % parts, M = I + H;
+          return call.weights(task / parts, M * part / parts, M * (part + 1) / parts,
+                              s1 == S);
+        }
+        const int64_t r0 = (task - PZ * parts) * block;
+        for (int64_t p = 0; p < PI; p++)
+          call.inputs(p, r0, std::min(r0 + block, call.listed()));
+        return;
+      }
+    }
+  });
   return ffi::Error::Success();
 }
 
@@ -541,8 +563,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     FlaxLstmBackward, backward,
     ffi::Ffi::Bind()
         .Ctx<ffi::ThreadPool>()
-        .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+        .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
+        .Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>().Arg<F32>()
         .Arg<ffi::Buffer<ffi::S32>>()
         .Arg<ffi::Buffer<ffi::U8>>()
-        .Ret<F32>().Ret<F32>().Ret<F32>()
+        .Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>().Ret<F32>()
         .Attr<bool>("reverse"));

@@ -1,0 +1,96 @@
+"""`evaluate`, `predict` and `trace`: what a trained run answers."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from flax_lstm import report
+from flax_lstm.commands.arguments import Evaluate, Predict, Trace
+from flax_lstm.commands.terminal import Screen
+from flax_lstm.commands.texts import chunks, texts_of
+from flax_lstm.config import DataConfig, UserError
+
+if TYPE_CHECKING:
+    from flax_lstm.trained import Prediction, Run
+
+CHUNK = 1024
+"""Texts predicted at a time, so that a stream of any length fits in memory."""
+
+
+def evaluate(command: Evaluate) -> None:
+    """Tests a run."""
+    columns = (command.text_column, command.label_column)
+    if command.data is None and columns != (None, None):
+        raise UserError("--text-column and --label-column are for --data.")
+    run = _load(command.run)
+    if command.data is None:
+        source = command.part
+    else:
+        source = DataConfig(
+            data=command.data,
+            text_column=command.text_column,
+            label_column=command.label_column,
+        )
+    metrics = run.evaluate(source)
+    if command.format == "json":
+        print(json.dumps(metrics, allow_nan=False))
+    else:
+        print("\n".join(report.metrics_lines(metrics)))
+
+
+def predict(command: Predict) -> None:
+    """Scores texts, a chunk at a time."""
+    if command.texts and command.file is not None:
+        raise UserError("give texts or --file, not both.")
+    run = _load(command.run)
+    console = Screen()
+    for texts in chunks(texts_of(command.texts, command.file), CHUNK):
+        for prediction in run.predict(texts):
+            if command.format == "jsonl":
+                print(json_line(prediction))
+            else:
+                console.print(
+                    report.prediction_text(
+                        prediction.score, prediction.label, prediction.text
+                    )
+                )
+
+
+def trace(command: Trace) -> None:
+    """Shows running scores."""
+    run = _load(command.run)
+    show_traces(Screen(), run, texts_of(command.texts, None))
+
+
+def show_traces(console: Console, run: "Run", texts: Iterable[str]) -> None:
+    """Prints the running score of each text."""
+    for text in texts:
+        console.print()
+        console.print(
+            report.trace_text(run.trace(text), run.label_names, console.width)
+        )
+
+
+def json_line(prediction: "Prediction") -> str:
+    """Returns a prediction as JSON; `tokens` is the number of words read."""
+    return json.dumps(
+        {
+            "text": prediction.text,
+            "score": prediction.score,
+            "label": prediction.label,
+            "tokens": len(prediction.tokens),
+            "unknown": prediction.unknown,
+        },
+        ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8"),
+        allow_nan=False,
+    )
+
+
+def _load(folder: Path) -> "Run":
+    from flax_lstm.run import Run
+
+    return Run.load(folder)

@@ -1,0 +1,132 @@
+"""`train`: what a person sees of a run, and how it is stopped."""
+
+import contextlib
+import os
+import shlex
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from flax_lstm import report
+from flax_lstm.commands.answers import show_traces
+from flax_lstm.commands.arguments import Train
+from flax_lstm.commands.terminal import TERMINATED, Screen, near, program, say
+from flax_lstm.config import UserError
+from flax_lstm.events import EpochDone, Event, Finished, RunStarted, StepDone
+
+DEMO_TEXTS = (
+    "The acting was not at all bad",
+    "I wanted to love the film, but I have to regret it",
+    "Although the plot was silly, I found the music wonderful",
+)
+"""Shown after a demo run. In each, the order of the words decides."""
+
+
+class Terminated(BaseException):
+    """SIGTERM was received; no `Exception`, so that nothing takes it for an error."""
+
+
+def train(command: Train, started: float | None = None) -> None:
+    """Trains, tests, and shows what a person wants to see of it.
+
+    Args:
+      command: What was asked for.
+      started: When the command started, by `time.perf_counter`.
+    """
+    from flax_lstm import run as runs
+
+    if command.resume and command.out is None:
+        raise UserError(
+            "--resume needs --out with the folder of the run that it continues."
+        )
+    out = Screen()
+    err = Screen(stderr=True)
+    live = report.LiveProgress(out if out.is_terminal else err)
+    follow = Follower(out, live, command.quiet)
+    shown = contextlib.nullcontext() if command.quiet else live
+    try:
+        with terminating(follow), shown:
+            run = runs.train(
+                command.settings,
+                command.out,
+                resume=command.resume,
+                on_event=follow,
+                started=started,
+            )
+    except (KeyboardInterrupt, Terminated):
+        if follow.folder is not None:
+            say(
+                f"the epochs done are kept; `{program()} train --resume --out "
+                f"{shlex.quote(str(near(follow.folder)))}` goes on."
+            )
+        raise
+    if command.quiet:
+        return
+    if command.settings.data.data == "demo":
+        show_traces(out, run, DEMO_TEXTS)
+    name = program()
+    shown_folder = near(run.folder)
+    folder = shlex.quote(str(shown_folder))
+    out.print(
+        f"\nThe run is in {shown_folder}. Try:\n"
+        f"  {name} predict {folder} 'not at all bad' 'the film was not good'\n"
+        f"  {name} trace {folder} 'I expected to hate it, but I love it'\n"
+        f"  {name} evaluate {folder}\n"
+        f"or train on texts of your own, in columns named text and label:\n"
+        f"  {name} train --data FILE.csv",
+        markup=False,
+    )
+
+
+class Follower:
+    """Turns the events of a training run into lines and live progress."""
+
+    def __init__(self, out: Console, live: report.LiveProgress, quiet: bool):
+        self.out, self.live, self.quiet = out, live, quiet
+        self.terminated = False
+        self.folder: Path | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Shows one event."""
+        if isinstance(event, RunStarted):
+            self.folder = event.folder
+        if self.terminated:
+            raise Terminated
+        match event:
+            case RunStarted():
+                self._print(*report.start_lines(event))
+                self._print(f"Run folder: {near(event.folder)}")
+                self.live.phase("Compiling")
+            case StepDone():
+                self.live.step(event)
+            case EpochDone():
+                self._print(report.epoch_line(event))
+            case Finished():
+                self._print(*report.finish_lines(event))
+                if event.test is not None:
+                    accuracy = report.accuracy_line(event.test["accuracy"])
+                    self.out.print(accuracy, style="bold", markup=False)
+
+    def _print(self, *lines: str) -> None:
+        if not self.quiet:
+            for line in lines:
+                self.out.print(line, markup=False)
+
+
+@contextlib.contextmanager
+def terminating(follow: Follower) -> Iterator[None]:
+    """Lets SIGTERM stop the run after the batch at hand; a second one, at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if follow.terminated:
+            os._exit(TERMINATED)
+        follow.terminated = True
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,133 @@
+"""What a run may ask for: settings in their range, and on resumption the same ones."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flax_lstm import folder as files
+from flax_lstm.config import Config, UserError
+from flax_lstm.host_memory import machine_bytes
+
+
+def recorded_config(folder: str | Path) -> Config:
+    """Returns the configuration of the run in a folder.
+
+    Raises:
+      UserError: If the folder holds no run.
+    """
+    folder = Path(folder)
+    if not files.holds_run(folder):
+        raise UserError(
+            f"{folder} holds no run (no {files.CONFIG}); give the folder that "
+            "`flax-lstm train` wrote, such as runs/demo-1."
+        )
+    return Config.load(folder / files.CONFIG)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Makes local data paths absolute, so that the run's record names them."""
+    paths = {
+        name: str(Path(value).resolve())
+        for name in ("data", "test_data")
+        if (value := getattr(config.data, name)) and Path(value).exists()
+    }
+    if config.data.data == "demo":
+        paths.pop("data", None)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
+
+
+def check_same_config(recorded: Config, asked: Config, folder: Path) -> None:
+    """Raises UserError where a run would be resumed with other settings."""
+    for section, settings in recorded.to_dict().items():
+        for name, old in settings.items():
+            new = getattr(getattr(asked, section), name)
+            if new == old or (name == "epochs" and new > old):
+                continue
+            why = "; epochs can only grow" if name == "epochs" else ""
+            raise UserError(
+                f"the run in {folder} has {section}.{name} = {old!r}, and was asked to "
+                f"go on with {new!r}{why}. Resume with the recorded setting, or start "
+                "a run in another folder."
+            )
+
+
+def check_same_data(
+    recorded: dict[str, Any], found: dict[str, Any], folder: Path
+) -> None:
+    """Raises UserError where the data is no longer what the run was trained on."""
+    for name in ("source", "test_source", "rows", "tokenizer", "bucket_lengths"):
+        if recorded[name] != found[name]:
+            raise UserError(
+                f"the data has changed since the run in {folder} was trained: {name} "
+                f"was {recorded[name]!r}, and is now {found[name]!r}. Put the old data "
+                "back, or train again."
+            )
+
+
+def least_bytes(config: Config) -> int:
+    """Returns what training takes at the very least: one word, one step, float32.
+
+    Weights, their gradients and two slots of the optimiser; of the activations the word
+    vectors, gates and states of a batch of texts of one word. The true need is larger
+    by the vocabulary and the length of the texts.
+    """
+    model = config.model
+    inputs = (model.embedding_size, *model.features[:-1])
+    layers = list(zip(inputs, model.features, strict=True))
+    weights = model.embedding_size + sum(4 * h * (i + h + 1) for i, h in layers)
+    activations = model.embedding_size + 6 * sum(model.features)
+    return 4 * (4 * weights + config.data.batch_size * activations)
+
+
+def check_settings(config: Config) -> None:
+    """Raises UserError where a number is outside its range, or the memory's."""
+    model, training, source = config.model, config.training, config.data
+    least_one = {
+        "training.epochs": training.epochs,
+        "data.batch_size": source.batch_size,
+        "data.max_length": source.max_length,
+        "data.buckets": source.buckets,
+        "data.min_count": source.min_count,
+        "data.vocabulary_size": source.vocabulary_size,
+        "model.embedding_size": model.embedding_size,
+        "model.features": min(model.features, default=0),
+        "training.patience": 1 if training.patience is None else training.patience,
+    }
+    shares = {
+        "data.validation_fraction": source.validation_fraction,
+        "data.test_fraction": source.test_fraction,
+        "model.dropout": model.dropout,
+        "training.warmup_fraction": training.warmup_fraction,
+        "training.rho": training.rho,
+    }
+    not_negative = {
+        "training.learning_rate": training.learning_rate,
+        "training.weight_decay": training.weight_decay,
+        "training.epsilon": training.epsilon,
+        "training.clip_norm": training.clip_norm or 0.0,
+        "model.embedding_scale": model.embedding_scale,
+    }
+    for values, fits, words in (
+        (least_one, lambda v: v >= 1, "at least 1"),
+        (shares, lambda v: 0 <= v < 1, "at least 0 and below 1"),
+        (not_negative, lambda v: 0 <= v < math.inf, "a number of 0 or more"),
+    ):
+        for name, value in values.items():
+            if not fits(value):
+                raise UserError(f"setting {name} must be {words}; got {value!r}.")
+    least, there_is = least_bytes(config), machine_bytes()
+    if there_is is not None and least > there_is:
+        raise UserError(
+            f"training needs {least / 2**30:,.0f} GiB of memory at the least, for "
+            f"model.features {model.features}, model.embedding_size "
+            f"{model.embedding_size} and data.batch_size {source.batch_size}; this "
+            f"machine has {there_is / 2**30:,.0f} GiB. Make one of them smaller."
+        )
+    if jax.dtypes.canonicalize_dtype(model.dtype).name != model.dtype:
+        raise UserError(
+            f"setting model.dtype = {model.dtype!r} needs JAX's 64-bit types; set "
+            "JAX_ENABLE_X64=1 in the environment."
+        )

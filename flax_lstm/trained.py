@@ -1,0 +1,218 @@
+"""A trained run: loaded from its folder, and what it answers.
+
+`predict` and `trace` need nothing but the folder, `evaluate` reads the data again from
+where it was.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_lstm import data
+from flax_lstm import folder as files
+from flax_lstm.batching import assemble
+from flax_lstm.checkpoint import Checkpoints
+from flax_lstm.config import Config, DataConfig, UserError
+from flax_lstm.model_state import classifier, initial_carry, restore, state_template
+from flax_lstm.settings import check_same_data, recorded_config, with_absolute_paths
+from flax_lstm.train import evaluate, make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a run makes of one text.
+
+    Attributes:
+      text: The text as it was given.
+      score: Between 0 (the first of the label names) and 1 (the second).
+      label: The name of the nearer label.
+      tokens: The words that were read, at most `max_length`.
+      unknown: How many words of the text the run has no vector for.
+    """
+
+    text: str
+    score: float
+    label: str
+    tokens: list[str]
+    unknown: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained classifier, as its folder holds it.
+
+    Attributes:
+      folder: The run's folder.
+      config: The effective configuration.
+      tokenizer: The tokenizer, with its vocabulary.
+      label_names: Names of the labels 0 and 1.
+      metrics: `epochs` (the lines of `metrics.jsonl`) and, once the run has finished,
+        `test`, `tested_epoch`, `best_epoch`, `stopped_early` and more.
+      lengths: Bucket lengths that texts are padded to.
+      params: Parameters of the tested checkpoint.
+    """
+
+    folder: Path
+    config: Config
+    tokenizer: data.TextTokenizer
+    label_names: tuple[str, str]
+    metrics: dict[str, Any]
+    lengths: tuple[int, ...]
+    params: Any = dataclasses.field(repr=False)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Run":
+        """Reads a run from its folder, wherever that now is.
+
+        Restores the best or the last checkpoint, as `test_with` says. May be called
+        while the run still trains.
+
+        Raises:
+          UserError: If the folder holds no run, or its files do not fit together.
+          CheckpointError: If no intact checkpoint is left.
+        """
+        folder = Path(folder).resolve()
+        config = recorded_config(folder)
+        summary = files.read_json(folder / files.SUMMARY)
+        tokenizer = data.TextTokenizer.load(folder / files.TOKENIZER)
+        if tokenizer.fingerprint() != summary["tokenizer"]:
+            raise UserError(
+                f"{folder / files.TOKENIZER} is not the tokenizer this run was trained "
+                "with (its fingerprint is another); restore the file."
+            )
+        init, _ = classifier(config.model, tokenizer.vocabulary_size)
+        template = state_template(config, init)
+        with Checkpoints(folder / files.CHECKPOINTS, read_only=True) as checkpoints:
+            state, meta = restore(checkpoints, template, config)
+        return cls(
+            folder=folder,
+            config=config,
+            tokenizer=tokenizer,
+            label_names=tuple(summary["label_names"]),
+            metrics={
+                **(summary["result"] or {}),
+                "epochs": meta["progress"]["history"],
+            },
+            lengths=tuple(summary["data"]["bucket_lengths"]),
+            params=state.params,
+        )
+
+    @functools.cached_property
+    def _apply(self) -> Callable[..., Any]:
+        _, apply = classifier(self.config.model, self.tokenizer.vocabulary_size)
+
+        @functools.partial(jax.jit, static_argnames="per_step")
+        def scores(params: Any, tokens: Any, lengths: Any, *, per_step: bool) -> Any:
+            logits, _ = apply(params, tokens, lengths, per_step=per_step)
+            return jax.nn.sigmoid(logits)
+
+        return scores
+
+    def evaluate(self, source: str | DataConfig = "test") -> dict[str, float]:
+        """Evaluates on data read again, each row counted once.
+
+        Args:
+          source: A part of the run's own data, "train", "validation" or "test", read
+            from where it was and required to be what it was; or other data, all of
+            it, with the run's own tokenizer.
+
+        Returns:
+          `loss`, `accuracy`, `count`, and the confusion counts.
+
+        Raises:
+          UserError: If the data is gone, has changed, or has no rows.
+        """
+        if isinstance(source, DataConfig):
+            source = with_absolute_paths(Config(data=source)).data
+            examples, _, _ = data.load_all(source, self.tokenizer, self.label_names)
+        else:
+            corpus = data.load(
+                self.config.data, self.config.training.seed, self.tokenizer
+            )
+            summary = files.read_json(self.folder / files.SUMMARY)
+            check_same_data(summary["data"], corpus.summary, self.folder)
+            if source not in corpus.parts:
+                raise UserError(
+                    f"part {source!r} does not exist; parts are {list(corpus.parts)}."
+                )
+            examples = corpus.parts[source]
+        if not len(examples):
+            raise UserError(f"there are no rows to evaluate on in {source!r}.")
+        _, apply = classifier(self.config.model, self.tokenizer.vocabulary_size)
+        batches = data.batches(
+            examples, self.lengths, self.config.data, seed=0, epoch=None
+        )
+        return evaluate(
+            jax.jit(make_eval_step(apply, self.config.training)),
+            self.params,
+            data.prefetch(batches),
+            carry=initial_carry(self.config),
+        )
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        """Scores texts, in the order given; the empty text is a text too.
+
+        Texts of like length share a batch. Needs nothing but the run's folder.
+
+        Raises:
+          UserError: If `texts` is one string, or holds something else than strings.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                "predict takes a list of texts, as in predict(['so good']); got "
+                f"{texts!r:.80}."
+            )
+        encoded = self.tokenizer.analyse(texts)
+        examples = data.Examples.from_rows(
+            [one.ids for one in encoded], [0.0] * len(encoded)
+        )
+        # Powers of two, so that requests of any size share a few compiled programs.
+        size = 1 << max(len(encoded) - 1, 0).bit_length()
+        settings = dataclasses.replace(
+            self.config.data, batch_size=min(size, self.config.data.batch_size)
+        )
+        scores = np.zeros(len(encoded))
+        for length, rows in data.batch_plan(
+            examples, self.lengths, settings, seed=0, epoch=None
+        ):
+            batch = self._assemble(examples, rows, length, settings.batch_size)
+            got = self._apply(self.params, batch.tokens, batch.lengths, per_step=False)
+            scores[rows] = np.asarray(got, np.float64)[: len(rows)]
+        return [
+            Prediction(
+                text=text,
+                score=float(score),
+                label=self.label_names[int(score > 0.5)],
+                tokens=one.words,
+                unknown=one.unknown,
+            )
+            for text, score, one in zip(texts, scores, encoded, strict=True)
+        ]
+
+    def trace(self, text: str) -> list[tuple[str, float]]:
+        """Returns each word of a text with the score of the text up to it."""
+        (encoded,) = self.tokenizer.analyse([text])
+        count = len(encoded.ids)
+        examples = data.Examples.from_rows([encoded.ids], [0.0])
+        ((length, rows),) = data.batch_plan(
+            examples, self.lengths, self.config.data, seed=0, epoch=None
+        )
+        batch = self._assemble(examples, rows, length, 1)
+        got = self._apply(self.params, batch.tokens, batch.lengths, per_step=True)
+        (scores,) = np.asarray(got, np.float64)
+        first = 0 if batch.lengths is not None else length - count
+        return [
+            (word, float(score))
+            for word, score in zip(
+                encoded.words, scores[first : first + count], strict=True
+            )
+        ]
+
+    def _assemble(self, examples: Any, rows: Any, length: int, size: int) -> data.Batch:
+        left = self.config.data.pipeline == "tutorial"
+        return assemble(examples, rows, length, size, left=left)

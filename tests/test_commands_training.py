@@ -1,0 +1,139 @@
+"""`flax-lstm train`: what it prints, and how it is stopped."""
+
+import json
+import shlex
+import shutil
+import signal
+
+import pytest
+from command_lines import SMALL, error_of, program, settings
+
+from flax_lstm import cli, run
+from flax_lstm.train import NonFiniteLossError
+
+pytestmark = pytest.mark.usefixtures("compilation_cache")
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(capsys, demo_folder):
+    before = {
+        p: p.stat().st_mtime_ns for p in demo_folder.rglob("*") if p.name != ".lock"
+    }
+    assert "already holds a run" in error_of(capsys, "train", "--out", str(demo_folder))
+    after = {
+        p: p.stat().st_mtime_ns for p in demo_folder.rglob("*") if p.name != ".lock"
+    }
+    assert {p: after[p] for p in before if p.is_file()} == {
+        p: before[p] for p in before if p.is_file()
+    }
+
+
+def test_resuming_nothing_is_an_error(capsys, tmp_path):
+    said = error_of(capsys, "train", "--resume", "--out", str(tmp_path / "none"))
+    assert "nothing to resume" in said
+
+
+def test_a_loss_that_is_not_finite_is_1(capsys, monkeypatch, tmp_path):
+    def fails(*_, **__):
+        raise NonFiniteLossError("step 3 gave loss nan")
+
+    monkeypatch.setattr(run, "train", fails)
+    said = error_of(capsys, "train", "--out", str(tmp_path / "r"), code=1)
+    assert said.splitlines()[-1] == "flax-lstm: step 3 gave loss nan"
+
+
+def test_a_keyboard_interrupt_is_130_and_says_how_to_go_on(
+    capsys, monkeypatch, tmp_path
+):
+    def interrupted(config, folder, *, resume, on_event, started):
+        on_event(
+            run.RunStarted(tmp_path / "r", config, {}, 2, 1, 1, ("cpu",), first_epoch=1)
+        )
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", interrupted)
+    monkeypatch.chdir(tmp_path)
+    said = error_of(capsys, "train", "--out", "r", code=130)
+    assert "flax-lstm train --resume --out r" in said
+
+
+def test_training_prints_an_epoch_a_line_and_the_test_accuracy(demo_run):
+    folder, out = demo_run
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    epochs = [line for line in out.splitlines() if line.startswith("Epoch: ")]
+    assert len(epochs) == len(metrics) == 2
+    for line, epoch in zip(epochs, metrics, strict=True):
+        assert f"Epoch: {epoch['epoch']}/2 Batch: " in line
+        assert f"Train Loss: {epoch['train_loss']:.3f} " in line
+        assert line.endswith(f"Val Accuracy: {epoch['validation_accuracy']:.3f}")
+    result = json.loads((folder / "summary.json").read_text())["result"]
+    accuracy = result["test"]
+    assert (
+        f"First step after {result['startup_seconds']:.1f} s, of which compilation "
+        f"{result['startup_compile_seconds']:.1f} s; input wait "
+        f"{result['wait_share']:.1%} of the training time.\n"
+    ) in out
+    assert f"\nTest Accuracy: {accuracy['accuracy']:.3f}\n" in out
+    assert "\x1b" not in out  # not a terminal
+    for text in cli.DEMO_TEXTS:
+        assert f"\n{text.split()[0].lower()} " in out
+
+
+def test_what_is_printed_to_try_next_can_be_pasted(demo_run, capsys):
+    folder, out = demo_run
+    _, _, advice = out.partition("Try:\n")
+    commands = [shlex.split(line) for line in advice.splitlines() if line[:2] == "  "]
+    *ready, own = commands
+    assert len(ready) == 3
+    for name, *argv in ready:
+        assert name == "flax-lstm"
+        assert str(folder) in argv
+        assert cli.main(argv) == 0
+        assert capsys.readouterr().out
+    assert settings(*own[2:]).data.data == "FILE.csv"
+
+
+def test_quiet_resuming_takes_the_recorded_settings_and_more_epochs(
+    capsys, demo_folder, tmp_path
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(demo_folder, folder)
+    argv = ["train", "--resume", "--quiet", "--out", str(folder), "--epochs", "3"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Test Accuracy: ")
+    assert out.count("\n") == 1
+    before, after = (
+        (f / "metrics.jsonl").read_text().splitlines() for f in (demo_folder, folder)
+    )
+    assert after[:2] == before
+    assert json.loads(after[2])["epochs"] == 3
+
+
+def test_terminated_training_ends_with_143_and_can_be_resumed(tmp_path):
+    folder = tmp_path / "run"
+    argv = ["train", "--out", str(folder), *SMALL, "--patience", "None"]
+    with program(*argv, "--epochs", "1000") as process:
+        for line in process.stdout:
+            if line.startswith(b"Epoch: 1/"):
+                break
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert said.decode().splitlines()[-1] == "flax-lstm: terminated."
+    assert f"--resume --out {folder}" in said.decode()
+    done = len((folder / "metrics.jsonl").read_text().splitlines())
+    code = cli.main(
+        [
+            "train",
+            "--resume",
+            "--out",
+            str(folder),
+            "--epochs",
+            "1000",
+            "--print-config",
+        ]
+    )
+    assert code == 0
+    assert done >= 1
+    assert run.Run.load(folder).metrics["epochs"]

@@ -1,0 +1,66 @@
+"""What a run may ask for: ranges, and the settings of the run that goes on."""
+
+import pytest
+from small_runs import make_config
+
+from flax_lstm import run, settings
+from flax_lstm.config import UserError
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"features": (6,)}, r"model.features = \(5,\).*go on with \(6,\)"),
+        ({"batch_size": 8}, r"data.batch_size = 16.*go on with 8"),
+        ({"epochs": 3}, r"training.epochs = 4.*go on with 3; epochs can only grow"),
+    ],
+    ids=["model", "data", "fewer epochs"],
+)
+def test_resuming_with_other_settings_names_them(trained, source, changes, words):
+    with pytest.raises(UserError, match=words):
+        run.train(make_config(source, **changes), trained[0].folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epochs": 0}, "training.epochs must be at least 1; got 0"),
+        ({"features": ()}, "model.features must be at least 1; got 0"),
+        ({"dropout": 1.0}, "model.dropout must be at least 0 and below 1; got 1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be .* got nan"),
+        ({"dtype": "float64"}, "JAX_ENABLE_X64"),
+    ],
+)
+def test_settings_out_of_range_are_refused(source, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        run.train(make_config(source, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"features": (10**9,)}, r"model.features \(1000000000,\)"),
+        ({"embedding_size": 10**12}, "model.embedding_size 1000000000000"),
+        ({"batch_size": 10**11}, "data.batch_size 100000000000"),
+    ],
+    ids=["features", "embedding_size", "batch_size"],
+)
+def test_what_no_memory_holds_is_refused_before_it_is_tried(
+    source, tmp_path, changes, name
+):
+    with pytest.raises(UserError, match=rf"needs [\d,]+ GiB .*{name}.* machine has"):
+        run.train(make_config(source, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_least_memory_is_below_what_a_state_and_a_step_hold(source):
+    """Counted by hand: 4 floats a weight, and a batch of 16 texts of one word."""
+    config = make_config(source, embedding_size=3, features=(5, 2))
+    weights = 3 + 4 * 5 * (3 + 5 + 1) + 4 * 2 * (5 + 2 + 1)
+    assert settings.least_bytes(config) == 4 * (4 * weights + 16 * (3 + 6 * (5 + 2)))
+
+
+def test_a_machine_that_does_not_tell_its_memory_refuses_nothing(source, monkeypatch):
+    monkeypatch.setattr(settings, "machine_bytes", lambda: None)
+    settings.check_settings(make_config(source, features=(10**9,)))

@@ -1,0 +1,48 @@
+"""The time to the first step, told by clocks of the tests' own."""
+
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+from flax_lstm import startup
+
+
+def test_the_first_step_ends_the_start_and_later_ones_change_nothing():
+    times, compiled = iter([12.5, 99.0]), iter([1.0, 3.0, 50.0])
+    watch = startup.Startup(
+        10.0, clock=lambda: next(times), compiled=lambda: next(compiled)
+    )
+    assert (watch.seconds, watch.compile_seconds) == (None, None)
+    watch.first_step()
+    watch.first_step()
+    assert (watch.seconds, watch.compile_seconds) == (2.5, 2.0)
+
+
+def test_what_xla_compiles_is_counted_and_what_is_there_is_not():
+    compiled = startup.compile_clock()
+    program = jax.jit(lambda x: jnp.sort(jnp.cos(x)) * 2)
+    before = compiled()
+    program(jnp.arange(7.0)).block_until_ready()
+    after = compiled()
+    assert after > before
+    program(jnp.arange(7.0) + 1).block_until_ready()
+    ready = compiled()
+    program(jnp.arange(7.0) + 1).block_until_ready()
+    assert compiled() == ready
+
+
+def test_the_process_began_after_its_parent_looked_at_the_clock():
+    """`perf_counter` of Linux is one clock for all processes, so they compare."""
+    if not os.path.exists("/proc/self/stat"):
+        assert startup.process_start() <= time.perf_counter()
+        return
+    before = time.perf_counter()
+    code = "import flax_lstm.startup as s; print(s.process_start())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    began = float(done.stdout)
+    tick = 2 / os.sysconf("SC_CLK_TCK")  # what the system's stamp is rounded to
+    assert before - tick <= began <= time.perf_counter()

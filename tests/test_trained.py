@@ -1,0 +1,123 @@
+"""A trained run, loaded: what it answers, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from small_runs import TUTORIAL, make_config
+
+from flax_lstm import run
+from flax_lstm.checkpoint import CheckpointWarning
+from flax_lstm.config import DataConfig, UserError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("compilation_cache"),
+]
+
+
+FRESH = """
+import json, sys
+from flax_lstm.run import Run
+run = Run.load(sys.argv[1])
+scores = [p.score for p in run.predict(["a lovely film", "", "an awful song"])]
+print(json.dumps({"test": run.evaluate(), "scores": scores}))
+"""
+
+
+def test_a_fresh_process_reproduces_a_copied_run(trained, tmp_path):
+    result, _ = trained
+    copy = shutil.copytree(result.folder, tmp_path / "élan vital")
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(copy)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        cwd=tmp_path,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    here = result.predict(["a lovely film", "", "an awful song"])
+    assert got["test"]["accuracy"] == result.metrics["test"]["accuracy"]
+    assert got["test"]["count"] == 8
+    np.testing.assert_allclose(got["scores"], [p.score for p in here], atol=1e-6)
+
+
+def test_resuming_on_changed_data_is_refused(source, tmp_path):
+    moving = shutil.copy(source, tmp_path / "moving.csv")
+    config = make_config(moving, epochs=1)
+    run.train(config, tmp_path / "run")
+    with open(moving, "a", encoding="utf-8") as file:
+        file.write("a fine film,good\n")
+    more = make_config(moving, epochs=2)
+    with pytest.raises(UserError, match="the data has changed"):
+        run.train(more, tmp_path / "run", resume=True)
+    result = run.Run.load(tmp_path / "run")
+    with pytest.raises(UserError, match="the data has changed"):
+        result.evaluate()
+    moving.unlink()
+    with pytest.raises(UserError, match=r"moving\.csv"):
+        result.evaluate()
+    assert result.predict(["a lovely film"])[0].tokens == ["a", "lovely", "film"]
+    # Other data, all of it, is a matter of naming it.
+    assert result.evaluate(DataConfig(data=str(source)))["count"] == 80
+
+
+def test_predictions_come_in_the_order_of_the_texts(trained):
+    result, _ = trained
+    texts = ["a lovely film", "", "awful " * 50, "zzz film"] * 5 + ["the plot"]
+    together = result.predict(texts)
+    assert [p.text for p in together] == texts
+    alone = [result.predict([text])[0] for text in [*texts[:4], "the plot"]]
+    scores = {p.text: p.score for p in alone}
+    assert len({round(score, 4) for score in scores.values()}) == 5
+    # One compiled program for each batch size: sums may round differently.
+    np.testing.assert_allclose(
+        [p.score for p in together], [scores[text] for text in texts], atol=1e-6
+    )
+    assert [len(p.tokens) for p in alone] == [3, 0, 8, 2, 2]
+    assert [p.unknown for p in alone] == [0, 0, 0, 1, 0]
+    assert {p.label for p in together} <= {"bad", "good"}
+    assert result.predict([]) == []
+    with pytest.raises(UserError, match="list of texts"):
+        result.predict("a lovely film")
+
+
+@pytest.mark.parametrize("recipe", [{}, TUTORIAL], ids=["default", "tutorial"])
+def test_the_last_score_of_a_trace_is_the_prediction(straight, recipe):
+    result = straight(recipe)
+    text = "a lovely film awful"
+    steps = result.trace(text)
+    assert [word for word, _ in steps] == text.split()
+    assert steps[-1][1] == pytest.approx(result.predict([text])[0].score, abs=1e-6)
+    assert result.trace("") == []
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(source, tmp_path):
+    config = make_config(source, epochs=3, test_with="last")
+    run.train(config, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "12" / "state"
+    path = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    path.write_bytes(bytes(b ^ 1 for b in path.read_bytes()))
+    with pytest.warns(CheckpointWarning, match="/12 is damaged"):
+        result = run.Run.load(tmp_path / "run")
+    assert [epoch["epoch"] for epoch in result.metrics["epochs"]] == [1, 2]
+
+
+def test_a_swapped_tokenizer_is_noticed(trained, tmp_path):
+    copy = shutil.copytree(trained[0].folder, tmp_path / "copy")
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text().replace("lovely", "lovelier"))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not the tokenizer"):
+        run.Run.load(copy)
+
+
+def test_loading_before_training_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match=r"holds no run .*flax-lstm train"):
+        run.Run.load(tmp_path / "nothing")
