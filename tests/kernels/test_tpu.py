@@ -1,0 +1,317 @@
+"""The TPU kernels, without a TPU: interpreted on this CPU, and lowered for one.
+
+Values and gradients are held against NumPy float64 (`reference.py`). In two cases the
+interpreter also fills all memory that is not written with NaN and looks for races; it
+is too slow for more.
+"""
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax_lstm_kernels import tpu
+from flax_lstm_kernels.tpu.plan import (
+    USABLE,
+    VMEM,
+    Plan,
+    Sizes,
+    choose,
+    vmem_bytes,
+)
+from jax.experimental.pallas import tpu as pltpu
+
+pytestmark = pytest.mark.kernels
+
+# Each program runs once: it is compiled in a hurry.
+HURRY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# (T, B, I, H), and the plan (rows, steps, units, fused, streamed): fewer rows than a
+# register has; blocks that stand over in time and batch, a tile that has ended before
+# it starts, lanes to fill up, inputs multiplied inside; inputs multiplied by XLA, two
+# panels; streamed in two panels, the last tile nearly empty.
+CASES = {
+    "few rows": ((5, 3, 2, 7), Plan(3, 2, 128, False, False)),
+    "fused": ((7, 20, 3, 130), Plan(16, 3, 256, True, False)),
+    "panels": ((6, 16, 3, 256), Plan(16, 2, 128, False, False)),
+    "streamed": ((3, 21, 3, 130), Plan(16, 1, 128, False, True)),
+}
+# Relative error ‖got - want‖ / ‖want‖ of outputs and gradients. float32: the roundings
+# that other libraries show at T 64. bfloat16: half of what they show (6e-3, 8e-3), for
+# here only the operands and the outputs are rounded.
+BARS = {"float32": (4.4e-7, 8e-7), "bfloat16": (3e-3, 4e-3)}
+
+
+class Problem(NamedTuple):
+    """Arguments of `forward`, and the cotangents of its first three results."""
+
+    arguments: tuple
+    d_results: tuple
+
+
+def problem(shape, dtype, *, ended=4):
+    steps, rows, size, hidden = shape
+    keys = jax.random.split(jax.random.key(3), 9)
+    normal = jax.random.normal
+    kernel = normal(keys[0], (size, 4 * hidden)) / size**0.5
+    recurrent = normal(keys[1], (hidden, 4 * hidden)) / hidden**0.5
+    bias = normal(keys[2], (4 * hidden,))
+    x = normal(keys[3], (steps, rows, size))
+    c, h = normal(keys[4], (2, rows, hidden))
+    lengths = jax.random.randint(keys[5], (rows,), 1, steps + 1, jnp.int32)
+    lengths = lengths.at[0].set(steps).at[max(1, rows - ended) :].set(0)
+    resets = jax.random.bernoulli(keys[6], 0.3, (steps, rows)).astype(jnp.uint8)
+    d_hs = normal(keys[7], (steps, rows, hidden))
+    d_c, d_h = normal(keys[8], (2, rows, hidden))
+    weights = (leaf.astype(dtype) for leaf in (kernel, recurrent, bias))
+    return Problem(
+        (x.astype(dtype), *weights, c, h.astype(dtype), lengths, resets),
+        (d_hs.astype(dtype), d_c, d_h),
+    )
+
+
+def run(given, plan, *, reverse, interpret=True):
+    """Returns the results of both kernels; in the padding they are given NaN."""
+    x, *weights, lengths, resets = given.arguments
+    dead = (jnp.arange(len(x))[:, None] >= lengths[None, :])[..., None]
+
+    def both(arguments, d_results):
+        results = tpu.forward(
+            *arguments, reverse=reverse, keep=True, plan=plan, interpret=interpret
+        )
+        gradients = tpu.backward(
+            *d_results,
+            *results[3:],
+            arguments[2],
+            *arguments[6:],
+            reverse=reverse,
+            plan=plan._replace(fused=False),
+            interpret=interpret,
+        )
+        return results, gradients
+
+    d_hs, *d_state = given.d_results
+    call = (
+        (jnp.where(dead, jnp.nan, x), *weights, lengths, resets),
+        (jnp.where(dead, jnp.nan, d_hs), *d_state),
+    )
+    return jax.jit(both).lower(*call).compile(HURRY)(*call)
+
+
+def judge(given, got, *, reverse, bars):
+    """Compares values and gradients; those of the weights are formed here from d_z."""
+    x, kernel, recurrent, bias, c, h, lengths, resets = given.arguments
+    want = reference.lstm(
+        (kernel, recurrent, bias),
+        x,
+        (c, h),
+        lengths=lengths,
+        resets=resets,
+        reverse=reverse,
+        keep_order=True,
+    )
+    wanted = reference.backward(want, *given.d_results)
+    (hs, c_last, h_last, _, _), (d_z, d_c, d_h) = got
+    values = {"hs": (hs, want.outputs), "c": (c_last, want.c), "h": (h_last, want.h)}
+    for name, (value, true) in values.items():
+        assert reference.error(value, true) < bars[0], name
+    d_z = reference.f64(d_z)
+    gradients = {
+        "inputs": d_z @ reference.f64(kernel).T,
+        "bias": d_z.sum((0, 1)),
+        "kernel": np.einsum("tbi,tbg->ig", reference.f64(x), d_z),
+        "c": d_c,
+        "h": d_h,
+    }
+    for name, value in gradients.items():
+        assert reference.error(value, wanted[name]) < bars[1], name
+
+
+@pytest.mark.parametrize(
+    ("case", "reverse", "dtype"),
+    [
+        ("few rows", False, "float32"),
+        ("fused", True, "float32"),
+        ("fused", False, "bfloat16"),
+        ("panels", False, "float32"),
+        ("panels", True, "bfloat16"),
+        ("streamed", False, "float32"),
+    ],
+)
+def test_values_and_gradients_are_those_of_numpy(case, reverse, dtype):
+    shape, plan = CASES[case]
+    given = problem(shape, dtype)
+    got = run(given, plan, reverse=reverse)
+    judge(given, got, reverse=reverse, bars=BARS[dtype])
+
+
+@pytest.mark.parametrize(
+    ("shape", "plan", "reverse"),
+    [
+        # The interpreter loses track of arrays that share memory where blocks stand
+        # over, so that here they do not.
+        ((4, 16, 3, 130), Plan(8, 2, 256, True, False), False),
+        ((2, 8, 3, 130), Plan(8, 1, 128, False, True), True),
+    ],
+    ids=["fused", "streamed"],
+)
+def test_nothing_is_read_before_it_is_written_and_nothing_races(
+    shape, plan, reverse, capfd
+):
+    given = problem(shape, "float32", ended=shape[1] - 8)  # the second tile
+    poisoned = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    got = run(given, plan, reverse=reverse, interpret=poisoned)
+    judge(given, got, reverse=reverse, bars=BARS["float32"])
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_what_is_kept_changes_no_result():
+    shape, plan = CASES["fused"]
+    given = problem(shape, "float32")
+
+    def call(keep):
+        def forward(*arguments):
+            return tpu.forward(
+                *arguments[:-1],
+                jnp.zeros((0, 0), jnp.uint8),
+                reverse=False,
+                keep=keep,
+                plan=plan,
+                interpret=True,
+            )
+
+        lowered = jax.jit(forward).lower(*given.arguments)
+        return lowered.compile(HURRY)(*given.arguments)
+
+    short, full = call(False), call(True)
+    for a, b in zip(short[:3], full[:3], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert short[3].size == short[4].size == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("few rows", "bfloat16"),
+        ("fused", "bfloat16"),
+        ("panels", "float32"),
+        ("streamed", "float32"),
+    ],
+)
+def test_both_lower_for_a_tpu(case, dtype):
+    """Smoke: Mosaic's lowering takes them; the compiler itself is not at hand here."""
+    (steps, rows, size, hidden), plan = CASES[case]
+
+    def like(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    state, masks = like(rows, hidden), (like(rows, dtype=jnp.int32),)
+    masks += (like(steps, rows, dtype=jnp.uint8),)
+    recurrent = like(hidden, 4 * hidden, dtype=dtype)
+
+    def forward(*arguments):
+        return tpu.forward(*arguments, reverse=True, keep=True, plan=plan)
+
+    def backward(*arguments):
+        return tpu.backward(*arguments, reverse=True, plan=plan._replace(fused=False))
+
+    forward_arguments = (
+        like(steps, rows, size, dtype=dtype),
+        like(size, 4 * hidden, dtype=dtype),
+        recurrent,
+        like(4 * hidden, dtype=dtype),
+        state,
+        like(rows, hidden, dtype=dtype),
+        *masks,
+    )
+    backward_arguments = (
+        like(steps, rows, hidden),
+        state,
+        state,
+        like(steps, rows, 4 * hidden),
+        like(steps, rows, hidden),
+        recurrent,
+        *masks,
+    )
+    for function, arguments in (
+        (forward, forward_arguments),
+        (backward, backward_arguments),
+    ):
+        exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments)
+        assert "tpu_custom_call" in exported.mlir_module()
+
+
+@pytest.mark.parametrize("kind", [None, *VMEM])
+def test_every_hidden_size_to_2048_has_a_plan_that_fits(kind):
+    limit = min(VMEM.values()) if kind is None else VMEM[kind]
+    for hidden in (1, 100, 128, 384, 512, 640, 1000, 1024, 1152, 1536, 1920, 2048):
+        for itemsize in (2, 4):
+            for rows in (1, 7, 8, 100, 4096):
+                for which, inputs in (("forward", 300), ("backward", 0)):
+                    sizes = Sizes(1000, rows, inputs, hidden, itemsize, keep=True)
+                    plan, needed = choose(which, sizes, kind)
+                    assert needed == vmem_bytes(which, sizes, plan) < limit
+                    # What Mosaic asks of blocks, and the kernels of panels.
+                    assert plan.rows == rows or plan.rows % (32 // itemsize) == 0
+                    assert 1 <= plan.steps <= 32
+                    assert -(-hidden // 128) * 128 % plan.units == 0
+                    assert plan.steps == 1 or not plan.streamed
+
+
+def test_the_estimate_of_memory_is_what_the_compiler_takes():
+    """The compiler's figures: kernels/budgets.csv, for plans of every kind of TPU."""
+    path = Path(__file__).parents[2] / "kernels" / "budgets.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    for row in rows:
+        fields = (int(field.split("=")[1]) for field in row["plan"].split())
+        plan = Plan(*fields)
+        size = 0 if row["kernel"] == "backward" else int(row["I"])
+        itemsize = jnp.dtype(row["dtype"]).itemsize
+        sizes = Sizes(int(row["T"]), int(row["B"]), size, int(row["H"]), itemsize, True)
+        estimate = vmem_bytes(row["kernel"], sizes, plan) / 1024
+        # Never below. Above, by the values on their way through registers and by second
+        # buffers that a single tile does without, less than choose leaves free; of a
+        # tile of 3 rows the compiler takes 4, not 8, and spills less than of many.
+        most = 2 - USABLE if plan.rows % 8 == 0 else 2
+        assert 1 <= estimate / int(row["vmem_kib"]) < most, row
+
+
+def test_weights_that_fit_are_not_streamed():
+    """Their bytes, 4 H², against the VMEM of one core as published: v4 has 16 MiB."""
+    for kind, hidden, itemsize, streamed in (
+        ("TPU v4", 1024, 2, False),  # 8 MiB
+        ("TPU v4", 1024, 4, True),  # 16 MiB
+        ("TPU v5e", 1024, 4, False),  # 16 MiB of 128
+        ("TPU v6e", 2048, 4, True),  # 64 MiB of 128, but the compiler wants 43 more
+        ("TPU v5p", 2048, 4, True),  # 64 MiB of 64
+        ("TPU7x", 2048, 2, False),  # 32 MiB of 64
+    ):
+        sizes = Sizes(100, 16, 256, hidden, itemsize, keep=True)
+        assert choose("forward", sizes, kind)[0].streamed is streamed, kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("TPU v5e", jnp.float16, 256), "float32 and bfloat16 only"),
+        (("TPU v5e", jnp.float32, 2049), "1 to 2048 only; got 2049"),
+        (("TPU v2", jnp.float32, 256), "this is 'TPU v2'"),
+        (("TPU v5e", jnp.float32, 2048, 4 << 20), "leaves 3.4 MiB"),
+    ],
+)
+def test_support_tells_the_reason(arguments, message):
+    told = tpu.support(*arguments)
+    assert message in (told.reason or "")
+    assert told.vmem_bytes == 0
+
+
+def test_support_gives_its_estimate():
+    """The weights alone are 4 H² of 2 bytes."""
+    told = tpu.support("TPU v6e", jnp.bfloat16, 1024)
+    assert told.reason is None
+    assert 8 << 20 < told.vmem_bytes < 128 << 20
