@@ -228,7 +228,7 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
   if (few(batch)) {
     call.projected.resize(B * (4 * H + LANES));
     if (S)
-      run(pool, threads, std::vector<int64_t>(2 * S, tasks),
+      run(threads, std::vector<int64_t>(2 * S, tasks),
           [&](int64_t phase, int64_t task) {
             const int64_t s = phase / 2, p0 = P * task / tasks,
                           p1 = P * (task + 1) / tasks, end = std::min(p1 * LANES, H);
@@ -244,7 +244,7 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
   };
   if (split_rows(B, threads)) {
     call.kernel.resize(P * I * WIDTH);
-    run(pool, threads, {P, threads}, [&](int64_t phase, int64_t task) {
+    run(threads, {P, threads}, [&](int64_t phase, int64_t task) {
       if (phase == 0) return pack(task);
       const Share share{batch, task, threads};
       for (int64_t s = 0; s < S; s++) call.step(share, s, 0, P);
@@ -263,7 +263,7 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
     counts.push_back(tasks);
     start.push_back(s);
   }
-  run(pool, threads, counts, [&](int64_t phase, int64_t task) {
+  run(threads, counts, [&](int64_t phase, int64_t task) {
     const int64_t s = start[phase];
     if (phase == 0) return pack(task);
     if (s < 0) return call.project(-1 - s, std::min(call.chunk, S - (-1 - s)), task);
@@ -522,7 +522,7 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
   }
   through(-1, 0);
 
-  run(pool, threads, counts, [&](int64_t phase, int64_t task) {
+  run(threads, counts, [&](int64_t phase, int64_t task) {
     const auto [kind, s0, s1] = phases[phase];
     switch (kind) {
       case PACK:

@@ -1,19 +1,30 @@
-// Work shared by the threads of XLA's pool.
+// Work shared by as many threads as XLA has.
+//
+// The threads are our own. Those of XLA's pool sleep between calls, and where the system
+// wakes one on the very processor that waits for it, it starts milliseconds late, which
+// is more than a short call takes. Ours are told to wake elsewhere.
 #pragma once
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+using std::int64_t;
 
 // Numbered tasks in phases: a task starts when all tasks of earlier phases are done.
 // A thread takes the tasks that are its own first, so that what they use stays in its
-// cache, then whatever others have not begun: a thread of the pool that comes late, or
-// never, is not waited for.
+// cache, then whatever others have not begun: a thread that comes late, or never (after
+// a fork there are none), is not waited for.
 class Phases {
  public:
   using Task = std::function<void(int64_t phase, int64_t task)>;
@@ -57,9 +68,60 @@ class Phases {
   std::atomic<int64_t> done_{0};
 };
 
-static void run(xla::ffi::ThreadPool& pool, int64_t threads, std::vector<int64_t> counts,
-                Phases::Task task) {
+// Threads that sleep until there are phases to work on. Never destroyed: at the end of
+// the process they are asleep.
+class Workers {
+ public:
+  static Workers& all() {
+    static Workers* workers = new Workers;
+    return *workers;
+  }
+  // Wakes up to n threads for the phases, to work as threads 1 to n.
+  void join(const std::shared_ptr<Phases>& phases, int64_t n) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    while (static_cast<int64_t>(threads_.size()) < n)
+      threads_.emplace_back([this] { live(); });
+    keep_away();
+    for (int64_t i = 1; i <= n; i++) waiting_.emplace_back(phases, i);
+    wake_.notify_all();
+  }
+
+ private:
+  void live() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return !waiting_.empty(); });
+      const auto [phases, self] = std::move(waiting_.front());
+      waiting_.pop_front();
+      lock.unlock();
+      phases->work(self);
+      lock.lock();
+    }
+  }
+  // Lets the threads run on all processors of this process but the one we are on.
+  void keep_away() {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    const int here = sched_getcpu();
+    if (here < 0 || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    CPU_CLR(here, &allowed);
+    if (!CPU_COUNT(&allowed) || CPU_EQUAL(&allowed, &allowed_)) return;
+    allowed_ = allowed;
+    for (std::thread& thread : threads_)
+      pthread_setaffinity_np(thread.native_handle(), sizeof allowed, &allowed);
+#endif
+  }
+#if defined(__linux__)
+  cpu_set_t allowed_ = {};
+#endif
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::pair<std::shared_ptr<Phases>, int64_t>> waiting_;
+  std::vector<std::thread> threads_;
+};
+
+static void run(int64_t threads, std::vector<int64_t> counts, Phases::Task task) {
   auto phases = std::make_shared<Phases>(std::move(counts), std::move(task), threads);
-  for (int64_t i = 1; i < threads; i++) pool.Schedule([phases, i] { phases->work(i); });
+  if (threads > 1) Workers::all().join(phases, threads - 1);
   phases->finish();
 }
