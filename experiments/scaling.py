@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from flax_lstm import environment, init_lstm_params, lstm
 from flax_lstm.bench.machine import threads
