@@ -65,7 +65,7 @@ ARROWS = {
     "trained": "batching config data checkpoint folder model_state settings train",
     "run": "config data checkpoint environment epochs events folder model_state "
     "settings startup train trained",
-    "bench": f"{CORE} config convert environment",
+    "bench": f"{CORE} config convert environment host_memory",
     "commands": "bench config events report run trained",
     "cli": "bench commands config environment host_memory startup",
     "kernels": "cell",

@@ -72,13 +72,14 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def surroundings() -> dict[str, Any]:
+def surroundings(freed_memory_kept: bool = False) -> dict[str, Any]:
     """Returns what else may have changed the numbers: load, variables, platform."""
     load = os.getloadavg() if hasattr(os, "getloadavg") else (None,) * 3
     return {
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "load_1min": load[0],
+        "freed_memory_kept": freed_memory_kept,
         "variables": {
             name: os.environ[name] for name in VARIABLES if name in os.environ
         },

@@ -11,6 +11,7 @@ from rich.console import Console
 from flax_lstm.bench.options import BenchOptions
 from flax_lstm.bench.tables import WIDE
 from flax_lstm.config import UserError
+from flax_lstm.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -64,6 +65,9 @@ def race(
     """Times, and saves after each case so that an interrupted run loses nothing."""
     import jax
 
+    # Before anything is allocated: see `BenchOptions.system_malloc`.
+    kept = not options.system_malloc and keep_freed_memory()
+
     from flax_lstm.bench import machine, plots, tables
     from flax_lstm.bench.limits import Limits, measure_limits
     from flax_lstm.bench.results import Results, limited, summary_lines
@@ -87,7 +91,7 @@ def race(
         )
     # A program read from disk would pass for one that compiles fast.
     jax.config.update("jax_enable_compilation_cache", False)
-    common, surroundings = machine.provenance(), machine.surroundings()
+    common, surroundings = machine.provenance(), machine.surroundings(kept)
     folder = options.out or next_folder(Path("benchmarks"))
     screen.print(
         f"{common['device']}, {common['processor']}, {common['threads']} threads, "

@@ -33,6 +33,10 @@ class BenchOptions:
     """Folder of the results; benchmarks/1, 2, ... when not given."""
     smoke: bool = False
     """Tiny shapes, few rounds, few implementations: does it work here?"""
+    system_malloc: bool = False
+    """Leave freed memory to the system, which takes it back and hands it out anew in
+    every call. Else it stays with the process, for all implementations, as in
+    training."""
     catalogue: bool = False
     """Lists shapes and implementations, the missing ones with the reason, and stops."""
     compare: tuple[Path, Path] | None = None

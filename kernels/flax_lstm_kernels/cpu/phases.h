@@ -93,22 +93,30 @@ class Workers {
       wake_.wait(lock, [this] { return !waiting_.empty(); });
       const auto [phases, self] = std::move(waiting_.front());
       waiting_.pop_front();
+      move_freely();
       lock.unlock();
       phases->work(self);
       lock.lock();
     }
   }
-  // Lets the threads run on all processors of this process but the one we are on.
+  // Lets the threads wake on any processor of this process but the one we are on. They
+  // may move there later.
   void keep_away() {
 #if defined(__linux__)
-    cpu_set_t allowed;
+    cpu_set_t others;
     const int here = sched_getcpu();
-    if (here < 0 || sched_getaffinity(0, sizeof allowed, &allowed)) return;
-    CPU_CLR(here, &allowed);
-    if (!CPU_COUNT(&allowed) || CPU_EQUAL(&allowed, &allowed_)) return;
-    allowed_ = allowed;
+    if (here < 0 || sched_getaffinity(0, sizeof allowed_, &allowed_)) return;
+    others = allowed_;
+    CPU_CLR(here, &others);
+    if (!CPU_COUNT(&others)) return;
     for (std::thread& thread : threads_)
-      pthread_setaffinity_np(thread.native_handle(), sizeof allowed, &allowed);
+      pthread_setaffinity_np(thread.native_handle(), sizeof others, &others);
+#endif
+  }
+  void move_freely() {
+#if defined(__linux__)
+    if (CPU_COUNT(&allowed_))
+      pthread_setaffinity_np(pthread_self(), sizeof allowed_, &allowed_);
 #endif
   }
 #if defined(__linux__)
