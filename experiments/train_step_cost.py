@@ -26,6 +26,8 @@ step, as `flax-lstm train` does, for all of them (`--system-malloc`: for none).
 Writes results/train_step_cost.csv, or adds its rows to it (`--append`).
 """
 
+# pyright: reportMissingImports=false
+
 import argparse
 import csv
 import dataclasses

@@ -1,5 +1,7 @@
 """The tutorial's model and training step as users of PyTorch and of Flax write them."""
 
+# pyright: reportMissingImports=false
+
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
