@@ -1,5 +1,6 @@
 """Runs, small ones: what they leave behind, how they go on, how they end."""
 
+import csv
 import json
 import re
 import subprocess
@@ -56,17 +57,22 @@ def test_events_tell_the_story_in_order(trained):
     done = [event for event in middle if isinstance(event, EpochDone)]
     assert [e.step for e in done] == [4, 8, 12, 16]
     assert [(e.batch, e.batches) for e in done] == [(4, 4)] * 4
-    accuracies = [e.validation_accuracy for e in done]
-    assert finished.best_epoch == 1 + int(np.argmax(accuracies))
+    # Of equal accuracies the lower loss is the better.
+    best = max(done, key=lambda e: (e.validation_accuracy, -e.validation_loss))
+    assert finished.best_epoch == best.epoch
     assert finished.tested_epoch == finished.best_epoch
     assert all(e.tokens == 64 * 5 for e in done)  # five words in every text
     steps = [event for event in events if isinstance(event, StepDone)]
     assert {s.batch for s in steps} >= {4}
 
 
-def test_the_words_are_learned(trained):
+def test_the_words_are_learned(trained, source):
     result, _ = trained
-    assert result.metrics["test"]["accuracy"] == 1.0
+    with open(source, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = result.predict([row["text"] for row in rows])
+    right = sum(one.label == row["label"] for one, row in zip(found, rows, strict=True))
+    assert right >= 0.95 * len(rows)
     good, bad = result.predict(["a lovely film", "a awful film"])
     assert (good.label, bad.label) == ("good", "bad")
     assert good.score > 0.75 > 0.25 > bad.score
