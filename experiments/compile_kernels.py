@@ -46,7 +46,7 @@ class Case:
     dtype: str
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int  # noqa: E741 the name of the axis everywhere in the project
     H: int
 
 

@@ -59,10 +59,10 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory) -> Iterator[None]:
-    """Keeps compiled programs for this session, in a folder of its own.
+    """Keeps compiled programs while the tests run, in a folder of their own.
 
     Most runs compile the same programs: 7 s of CPU each, 1 s with the cache. No earlier
-    session is seen, and processes that a test starts use the same folder.
+    run of them is seen, and processes that a test starts use the same folder.
     """
     from flax_lstm.environment import use_compilation_cache
 
@@ -147,7 +147,7 @@ def stdin(monkeypatch, tmp_path) -> Callable[[bytes], None]:
         path = tmp_path / "stdin"
         path.write_bytes(content)
         # Stays open for the test to read, as a standard input does.
-        opened = open(path, encoding="utf-8")  # noqa: SIM115 open for the test
+        opened = open(path, encoding="utf-8")  # noqa: SIM115 the test reads it
         monkeypatch.setattr(sys, "stdin", opened)
 
     return give

@@ -76,4 +76,4 @@ def test_pool_of_no_steps_is_zero():
 
 def test_unknown_pooling_is_refused(as_installed):
     with pytest.raises(ValueError, match=r"pooling must be one of .* got 'median'"):
-        pool(jnp.zeros((1, 1, 1)), pooling="median")  # type: ignore[arg-type] on purpose
+        pool(jnp.zeros((1, 1, 1)), pooling="median")  # type: ignore[arg-type] refused
