@@ -1,0 +1,31 @@
+"""What the tests of faults share: every one of them is marked `faults`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import fault_runs
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by marks
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker("faults")
+
+
+@pytest.fixture(scope="session")
+def straight_run(source, tmp_path_factory, compilation_cache) -> Callable:
+    """Trains the tiny run, with some arguments more, without any fault; each once."""
+    done = {}
+
+    def train(*argv: str) -> Path:
+        if argv not in done:
+            folder = tmp_path_factory.mktemp("straight") / "run"
+            ended = fault_runs.train(source, folder, *argv)
+            assert ended.code == 0, ended.err
+            done[argv] = folder
+        return done[argv]
+
+    return train

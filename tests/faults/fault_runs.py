@@ -1,0 +1,165 @@
+"""Runs in processes of their own, into which faults are injected.
+
+A child runs the command line, after a piece of Python that puts the fault in place. All
+children share one cache of compiled programs (the fixture `compilation_cache`), so that
+one costs three seconds of a core or so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TIME_LIMIT_S = 240
+"""Nothing here takes a tenth of it; a child that hangs is a failure."""
+
+TINY = (
+    *("--features", "5", "--embedding-size", "4", "--embedding-scale", "0.5"),
+    *("--buckets", "1", "--max-length", "8", "--batch-size", "8", "--epochs", "4"),
+    *("--learning-rate", "0.1", "--dropout", "0.1", "--patience", "None"),
+)
+"""Eight steps in each of four epochs on the texts of the fixture `source`. AdamW, a
+falling rate, and dropout: optimiser, step and key all matter."""
+STEPS, BATCHES = 32, 8
+"""Of such a run, and of an epoch of it."""
+
+MAIN = "import sys\nfrom flax_lstm.cli import main\nsys.exit(main())"
+
+
+class Ended(NamedTuple):
+    """How a child ended: its exit code and what it said.
+
+    Attributes:
+      code: Exit code; the negative number of the signal that killed it.
+      out: Standard output.
+      err: Standard error.
+    """
+
+    code: int
+    out: str
+    err: str
+
+    def message(self) -> str:
+        """Returns the last line said, after checking that all of it is readable.
+
+        Ten lines at most, and no traceback (FAULTS: one clear message).
+        """
+        lines = self.err.strip().splitlines()
+        assert lines, "nothing was said"
+        assert len(lines) <= 10, self.err
+        assert "Traceback" not in self.err, self.err
+        return lines[-1]
+
+
+def start(*argv: str, fault: str = "", **options: Any) -> subprocess.Popen:
+    """Starts the command line in a process of its own.
+
+    Args:
+      argv: Arguments of `flax-lstm`.
+      fault: Python to run before the command line.
+      options: Of `subprocess.Popen`; `env` is put over the environment.
+    """
+    environment = {**os.environ, "COLUMNS": "100", "JAX_PLATFORMS": "cpu"}
+    environment.update(options.pop("env", {}))
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{fault}\n{MAIN}", *argv],
+        stdin=subprocess.DEVNULL,
+        stdout=options.pop("stdout", subprocess.PIPE),
+        stderr=options.pop("stderr", subprocess.PIPE),
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def end(process: subprocess.Popen) -> Ended:
+    """Waits for a child and returns how it ended; one that hangs is killed."""
+    try:
+        out, err = process.communicate(timeout=TIME_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"it hung; it said:\n{out}\n{err}") from None
+    return Ended(process.returncode, out, err)
+
+
+def run(*argv: str, fault: str = "", **options: Any) -> Ended:
+    """Runs the command line in a process of its own to its end."""
+    return end(start(*argv, fault=fault, **options))
+
+
+def train(
+    source: Path, folder: Path, *argv: str, fault: str = "", **options: Any
+) -> Ended:
+    """Trains the tiny run in `folder`; for the first time, or with `--resume`."""
+    return run(*train_argv(source, folder, *argv), fault=fault, **options)
+
+
+def train_argv(source: Path, folder: Path, *argv: str) -> Sequence[str]:
+    """Returns the arguments of the tiny run."""
+    return ["train", "--data", str(source), "--out", str(folder), *TINY, *argv]
+
+
+def at_step(step: int, action: str, *, after: bool = False) -> str:
+    """Returns a fault: an action before (or after) the n-th step of the process.
+
+    Args:
+      step: Counted from 1, from where the process starts or resumes.
+      action: Python statements on one line. `state` and `batch` are what the step is
+        given, and `os`, `signal` are imported.
+      after: Acts when the step has been computed.
+    """
+    before, behind = ("", action) if after else (action, "")
+    return f"""
+import os, signal
+import jax
+import flax_lstm.run
+compiled, taken = flax_lstm.run.parallelize, 0
+def with_fault(*args, **kwargs):
+    program = compiled(*args, **kwargs)
+    def step(state, batch):
+        global taken
+        taken += 1
+        if taken == {step}:
+            {before or "pass"}
+        result = program.step(state, batch)
+        if taken == {step}:
+            jax.block_until_ready(result)
+            {behind or "pass"}
+        return result
+    return program._replace(step=step)
+flax_lstm.run.parallelize = with_fault
+"""
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+"""An action: dies at once, as from the out-of-memory killer."""
+
+TIMES = ("seconds", "tokens_per_second", "validation_seconds", "wait_share")
+"""Of the record of an epoch, what no two runs have in common."""
+
+
+def final(folder: Path) -> dict[str, Any]:
+    """Returns what must be equal, to the bit, however a run got to its end.
+
+    The SHA-256 of every leaf of the newest checkpoint (parameters, optimiser, key,
+    step, carried state), the records of all epochs, and the result of the test.
+    """
+    steps = [
+        int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()
+    ]
+    newest = folder / "checkpoints" / str(max(steps)) / "meta" / "metadata"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    result = json.loads((folder / "summary.json").read_text())["result"]
+    return {
+        "step": max(steps),
+        "leaves": json.loads(newest.read_text())["leaves"],
+        "epochs": [
+            {name: v for name, v in one.items() if name not in TIMES} for one in records
+        ],
+        "test": result and result["test"],
+    }
