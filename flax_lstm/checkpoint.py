@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flax_lstm.config import UserError
+from flax_lstm.config import MOST_JSON_BYTES, UserError
+from flax_lstm.host_memory import machine_bytes
 from flax_lstm.leaves import Leaf, describe, digest, digest_json, place, to_host
 
 FORMAT = 1
@@ -259,6 +260,7 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         """Reads and verifies the meta of a step."""
+        self._check_sizes(step)
         try:
             record = self._manager.restore(
                 step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -286,6 +288,7 @@ class Checkpoints:
         wanted, structure = describe(template)
         self._compare(step, leaves, wanted)
         stored = {name: leaf for name, leaf in leaves.items() if 0 not in leaf.shape}
+        self._check_memory(step, stored)
         target = {
             name: np.empty(leaf.shape, jnp.dtype(leaf.dtype))
             for name, leaf in stored.items()
@@ -295,6 +298,9 @@ class Checkpoints:
             forms = {name: (m.shape, m.dtype) for name, m in found.items()}
             if forms != {name: (a.shape, a.dtype) for name, a in target.items()}:
                 raise ValueError(f"its arrays have other shapes or dtypes, {forms}")
+            for name, m in found.items():  # a chunk is decoded as a whole
+                if math.prod(m.storage.chunk_shape) > math.prod(m.shape):
+                    raise ValueError(f"the chunks of {name} are larger than it is")
             arrays = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
             )["state"]
@@ -310,6 +316,29 @@ class Checkpoints:
             )
         ]
         return jax.tree.unflatten(structure[1], values), record["meta"]
+
+    def _check_sizes(self, step: int) -> None:
+        """Refuses JSON files that are too large to be what was saved, unread."""
+        entry = self.folder / str(step)
+        for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata"):
+            path = entry / name
+            if path.exists() and path.stat().st_size > MOST_JSON_BYTES:
+                most = MOST_JSON_BYTES // 2**20
+                raise self._damaged(step, f"its {name} is larger than {most} MiB")
+
+    def _check_memory(self, step: int, leaves: dict[str, Leaf]) -> None:
+        """Refuses, before any of it is allocated, more than this machine holds."""
+        claimed = sum(
+            math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+            for leaf in leaves.values()
+        )
+        there_is = machine_bytes()
+        if there_is is not None and claimed > there_is:
+            raise CheckpointMismatchError(
+                f"checkpoint {self.folder / str(step)} claims to hold arrays of "
+                f"{claimed / 2**30:,.0f} GiB; this machine has "
+                f"{there_is / 2**30:,.0f} GiB. Restore it where there is more memory."
+            )
 
     def _compare(
         self, step: int, saved: dict[str, Leaf], wanted: dict[str, Leaf]

@@ -22,6 +22,27 @@ class UserError(ValueError):
     """
 
 
+MOST_JSON_BYTES = 2**28
+"""Of a file of settings, of a tokenizer, or of what a checkpoint says of itself. A
+vocabulary of five million words fits; nothing beyond it is read into memory."""
+
+
+def read_limited(path: str | Path) -> str:
+    """Reads a UTF-8 file of `MOST_JSON_BYTES` at the most, and no further.
+
+    Raises:
+      OSError: If it cannot be read.
+      ValueError: If it is larger, or not UTF-8.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MOST_JSON_BYTES + 1)
+    if len(content) > MOST_JSON_BYTES:
+        raise ValueError(
+            f"it is larger than {MOST_JSON_BYTES // 2**20} MiB, the most that is read"
+        )
+    return content.decode("utf-8")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from and how it becomes batches.
@@ -188,13 +209,13 @@ class Config:
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_limited(path)
             parse = tomllib.loads if path.suffix == ".toml" else json.loads
             values = parse(text)
             if not isinstance(values, dict):
                 raise UserError(f"expected tables of settings; got {values!r:.80}.")
             return cls.from_dict(values, base)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read configuration {path}: {error}") from error
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from flax_lstm.config import UserError
+from flax_lstm.config import UserError, read_limited
 
 LOCK = ".lock"
 CONFIG = "config.json"
@@ -35,7 +35,9 @@ def writing(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x")
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        # A link would let a folder from elsewhere empty the file it points to.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        lock = os.open(folder / LOCK, flags, 0o644)
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {folder}: {error.strerror}; give one that "
@@ -65,6 +67,7 @@ def writing(folder: Path) -> Iterator[None]:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON to a neighbouring file first, so that `path` is never half there."""
     whole = path.with_name(f".{path.name}.tmp")
+    whole.unlink(missing_ok=True)  # a link there is not followed
     with open(whole, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
@@ -80,8 +83,8 @@ def read_json(path: Path) -> Any:
       UserError: If it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_limited(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} of the run: {error}.") from error
 
 

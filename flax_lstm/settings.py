@@ -71,15 +71,17 @@ def least_bytes(config: Config) -> int:
     """Returns what training takes at the very least: one word, one step, float32.
 
     Weights, their gradients and two slots of the optimiser; of the activations the word
-    vectors, gates and states of a batch of texts of one word. The true need is larger
-    by the vocabulary and the length of the texts.
+    vectors, gates and states of a batch of texts of one word, or of the length that the
+    tutorial pads every text to. The true need is larger by the vocabulary and the
+    length of the texts.
     """
     model = config.model
     inputs = (model.embedding_size, *model.features[:-1])
     layers = list(zip(inputs, model.features, strict=True))
     weights = model.embedding_size + sum(4 * h * (i + h + 1) for i, h in layers)
     activations = model.embedding_size + 6 * sum(model.features)
-    return 4 * (4 * weights + config.data.batch_size * activations)
+    steps = config.data.max_length if config.data.pipeline == "tutorial" else 1
+    return 4 * (4 * weights + steps * config.data.batch_size * activations)
 
 
 def check_settings(config: Config) -> None:
@@ -118,13 +120,23 @@ def check_settings(config: Config) -> None:
         for name, value in values.items():
             if not fits(value):
                 raise UserError(f"setting {name} must be {words}; got {value!r}.")
+    if not math.isfinite(model.forget_bias):
+        raise UserError(
+            f"setting model.forget_bias must be finite; got {model.forget_bias!r}."
+        )
+    if not 0 <= training.seed < 2**32:  # what JAX's keys tell apart
+        raise UserError(
+            "setting training.seed must be at least 0 and at most 4294967295; got "
+            f"{training.seed}."
+        )
     least, there_is = least_bytes(config), machine_bytes()
     if there_is is not None and least > there_is:
         raise UserError(
             f"training needs {least / 2**30:,.0f} GiB of memory at the least, for "
             f"model.features {model.features}, model.embedding_size "
-            f"{model.embedding_size} and data.batch_size {source.batch_size}; this "
-            f"machine has {there_is / 2**30:,.0f} GiB. Make one of them smaller."
+            f"{model.embedding_size}, data.batch_size {source.batch_size} and "
+            f"data.max_length {source.max_length}; this machine has "
+            f"{there_is / 2**30:,.0f} GiB. Make one of them smaller."
         )
     if jax.dtypes.canonicalize_dtype(model.dtype).name != model.dtype:
         raise UserError(

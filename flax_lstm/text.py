@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from flax_lstm.config import DataConfig, UserError
+from flax_lstm.config import DataConfig, UserError, read_limited
 
 if TYPE_CHECKING:  # imported where used, so that training runs without it
     import tokenizers
@@ -171,7 +171,7 @@ class TextTokenizer:
         import tokenizers
 
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_limited(path)
             tokenizer = tokenizers.Tokenizer.from_str(text)
             max_length = int(json.loads(text)["truncation"]["max_length"])
             if tokenizer.token_to_id(UNKNOWN) is None:

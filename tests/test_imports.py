@@ -49,7 +49,7 @@ ARROWS = {
     "partition": "config batching sources",
     "data": "config labels text batching partition sources",
     "leaves": "",
-    "checkpoint": "config leaves",
+    "checkpoint": "config host_memory leaves",
     "optim": "config",
     "parallel": "optim",
     "train": f"{MODULES} optim parallel",

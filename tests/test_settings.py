@@ -1,7 +1,7 @@
 """What a run may ask for: ranges, and the settings of the run that goes on."""
 
 import pytest
-from small_runs import make_config
+from small_runs import TUTORIAL, make_config
 
 from flax_lstm import run, settings
 from flax_lstm.config import UserError
@@ -29,6 +29,9 @@ def test_resuming_with_other_settings_names_them(trained, source, changes, words
         ({"dropout": 1.0}, "model.dropout must be at least 0 and below 1; got 1.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be .* got nan"),
         ({"dtype": "float64"}, "JAX_ENABLE_X64"),
+        ({"forget_bias": float("nan")}, "model.forget_bias must be finite; got nan"),
+        ({"seed": -1}, "training.seed must be .* at most 4294967295; got -1"),
+        ({"seed": 2**32}, "training.seed must be .* at most 4294967295"),
     ],
 )
 def test_settings_out_of_range_are_refused(source, tmp_path, changes, words):
@@ -43,8 +46,9 @@ def test_settings_out_of_range_are_refused(source, tmp_path, changes, words):
         ({"features": (10**9,)}, r"model.features \(1000000000,\)"),
         ({"embedding_size": 10**12}, "model.embedding_size 1000000000000"),
         ({"batch_size": 10**11}, "data.batch_size 100000000000"),
+        ({**TUTORIAL, "max_length": 10**9}, "data.max_length 1000000000"),
     ],
-    ids=["features", "embedding_size", "batch_size"],
+    ids=["features", "embedding_size", "batch_size", "max_length"],
 )
 def test_what_no_memory_holds_is_refused_before_it_is_tried(
     source, tmp_path, changes, name
@@ -59,6 +63,10 @@ def test_the_least_memory_is_below_what_a_state_and_a_step_hold(source):
     config = make_config(source, embedding_size=3, features=(5, 2))
     weights = 3 + 4 * 5 * (3 + 5 + 1) + 4 * 2 * (5 + 2 + 1)
     assert settings.least_bytes(config) == 4 * (4 * weights + 16 * (3 + 6 * (5 + 2)))
+    padded = make_config(source, embedding_size=3, features=(5, 2), pipeline="tutorial")
+    assert settings.least_bytes(padded) == 4 * (
+        4 * weights + 8 * 16 * (3 + 6 * (5 + 2))  # every text is padded to 8 words
+    )
 
 
 def test_a_machine_that_does_not_tell_its_memory_refuses_nothing(source, monkeypatch):
