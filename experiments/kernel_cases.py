@@ -1,0 +1,103 @@
+"""The kernels and shapes that `compile_kernels.py` compiles, one row each.
+
+To add a kernel, or a shape of one, add a row to `TPU` or `HOPPER` below, run
+`python experiments/compile_kernels.py --only TARGET --kernel TEXT --write`, and commit
+`kernels/budgets.csv` with it. The first word or two of a row say what is called:
+
+    forward, backward      functions of `flax_lstm_kernels.tpu`
+    NAME forward           `forward` of the module `flax_lstm_kernels.gpu.NAME`, with
+                           `keep=True`: what training runs
+    NAME inference         the same with `keep=False`
+    NAME backward          `backward` of that module
+
+All are called with the arguments of the functions of `flax_lstm_kernels.gpu`, lengths
+and resets included.
+
+Axes     T time, B batch, I input size, H hidden size, G = 4H.
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel at one shape; see the file's head for `kernel`."""
+
+    kernel: str
+    dtype: str
+    T: int
+    B: int
+    I: int  # noqa: E741 the name of the axis everywhere in the project
+    H: int
+
+    @property
+    def computes(self) -> str:
+        """Returns "forward", "inference" or "backward"."""
+        return self.kernel.split()[-1]
+
+
+def cases(
+    kernels: tuple[str, ...], shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> list[Case]:
+    """Returns every kernel at every shape `(dtype, (T, B, I, H))`."""
+    return [
+        Case(kernel, dtype, *shape) for dtype, shape in shapes for kernel in kernels
+    ]
+
+
+# Sizes at which weights stay, and are streamed, on some target or other.
+TPU = cases(
+    ("forward", "backward"),
+    (
+        ("bfloat16", (1024, 16, 256, 256)),
+        ("float32", (40, 3, 5, 130)),  # nothing fits the lanes
+        ("bfloat16", (244, 256, 300, 128)),
+        ("bfloat16", (64, 64, 512, 512)),
+        ("bfloat16", (128, 128, 1024, 1024)),
+        ("bfloat16", (64, 64, 256, 2048)),
+        ("float32", (64, 64, 256, 2048)),
+    ),
+)
+
+HOPPER: list[Case] = []
+
+
+def lowered(case: Case, module: Any, sharding: Any, **options: Any) -> Any:
+    """Lowers a case for a device, for its compiler to be run on.
+
+    Args:
+      case: What to lower.
+      module: Where its `forward` and `backward` are.
+      sharding: Of all arguments; names the device.
+      **options: Further keyword arguments of the function.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    steps, rows, hidden = case.T, case.B, case.H
+    dtype = jnp.dtype(case.dtype)
+
+    def like(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def forward(*arrays: Any) -> Any:
+        keep = case.computes != "inference"
+        return module.forward(*arrays, reverse=False, keep=keep, **options)
+
+    def backward(*arrays: Any) -> Any:
+        return module.backward(*arrays, reverse=False, **options)
+
+    c = like(rows, hidden, dtype=jnp.float32)
+    recurrent_kernel = like(hidden, 4 * hidden)
+    masks = like(rows, dtype=jnp.int32), like(steps, rows, dtype=jnp.uint8)
+    x, kernel = like(steps, rows, case.I), like(case.I, 4 * hidden)
+    h, bias = like(rows, hidden), like(4 * hidden)
+    arguments = x, kernel, recurrent_kernel, bias, c, h, *masks
+    if case.computes != "backward":
+        return jax.jit(forward).lower(*arguments)
+    # The forward decides in which dtype it keeps.
+    hs, *_, gates, before = (
+        like(*of.shape, dtype=of.dtype) for of in jax.eval_shape(forward, *arguments)
+    )
+    return jax.jit(backward).lower(hs, c, c, gates, before, recurrent_kernel, *masks)
