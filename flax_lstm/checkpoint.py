@@ -123,7 +123,8 @@ class Checkpoints:
         for entry in self.folder.iterdir():
             if not (entry.name.isdecimal() and entry.is_dir()):
                 continue
-            if (entry / "state").is_dir() and (entry / "meta").is_dir():
+            whole = (entry / "state").is_dir() and (entry / "meta").is_dir()
+            if whole and not entry.is_symlink():  # nothing outside is ever pruned
                 found.append(int(entry.name))
             elif int(entry.name) != self._pending:
                 self._warn(f"{entry} is not a complete checkpoint; it was skipped.")

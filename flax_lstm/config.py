@@ -34,12 +34,15 @@ def read_limited(path: str | Path) -> str:
       OSError: If it cannot be read.
       ValueError: If it is larger, or not UTF-8.
     """
+    content = bytearray()
     with open(path, "rb") as file:
-        content = file.read(MOST_JSON_BYTES + 1)
-    if len(content) > MOST_JSON_BYTES:
-        raise ValueError(
-            f"it is larger than {MOST_JSON_BYTES // 2**20} MiB, the most that is read"
-        )
+        while piece := file.read(2**20):
+            content += piece
+            if len(content) > MOST_JSON_BYTES:
+                raise ValueError(
+                    f"it is larger than {MOST_JSON_BYTES // 2**20} MiB, the most that "
+                    "is read"
+                )
     return content.decode("utf-8")
 
 
