@@ -21,7 +21,12 @@ from fault_runs import TINY
 
 from flax_lstm import folder as files
 from flax_lstm import model_state
-from flax_lstm.checkpoint import CheckpointError, CheckpointMismatchError, Checkpoints
+from flax_lstm.checkpoint import (
+    CheckpointError,
+    CheckpointMismatchError,
+    Checkpoints,
+    CheckpointWarning,
+)
 from flax_lstm.config import MOST_JSON_BYTES, Config, UserError
 from flax_lstm.leaves import describe, digest_json
 from flax_lstm.run import Run
@@ -156,6 +161,28 @@ def some_steps(folder: Path, steps: range) -> None:
         for step in steps:
             state = {"a": jnp.arange(4.0)}
             checkpoints.save(step, state, {}, metric=float(step))
+
+
+def test_a_chunk_may_not_be_larger_than_its_array(tmp_path):
+    """A chunk is unpacked as a whole: 4 GB of zeros fit into some bytes of a file."""
+    import tensorstore
+
+    folder = tmp_path / "steps"
+    some_steps(folder, range(1))
+    base = f"file://{folder / '0' / 'state'}/"
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": base, "path": "a/"},
+        "metadata": {"shape": [4], "chunks": [10**9], "dtype": "<f4"},
+    }
+    forged = tensorstore.open(spec, create=True, delete_existing=True).result()
+    assert forged.shape == (4,)
+    with (
+        Checkpoints(folder, read_only=True) as checkpoints,
+        pytest.warns(CheckpointWarning, match="chunks of a are larger than it is"),
+        pytest.raises(CheckpointError, match="no intact checkpoint"),
+    ):
+        checkpoints.restore_last({"a": jnp.zeros(4)})
 
 
 def test_links_in_a_run_folder_are_not_followed_on_delete(tmp_path):
