@@ -144,7 +144,14 @@ class TrainConfig:
       patience: Epochs without a better validation accuracy, or an equal one with a
         lower loss, before training stops early.
       test_with: The checkpoint that is tested at the end.
-      parallel: One device, or all of them by `jax.pmap` or by `jax.jit` over a mesh.
+      parallel: `jit`: one device, or the mesh where there is one or there are several
+        processes. `sharded`: `jax.jit` over a mesh of all devices. `pmap`: `jax.pmap`
+        over the devices of one process.
+      mesh: `data=N` or `data=N,model=M`: N devices share the rows of each batch, and M
+        the word vectors and the units of the LSTMs. All devices share the rows when
+        not given.
+      gradient_accumulation: Parts that each device computes its rows of a batch in, one
+        after the other, for batches beyond its memory; the same step to rounding.
       seed: Seed of the split, the order of the rows, the parameters and the dropout.
     """
 
@@ -163,6 +170,8 @@ class TrainConfig:
     patience: int | None = 3
     test_with: Literal["best", "last"] = "best"
     parallel: Literal["jit", "pmap", "sharded"] = "jit"
+    mesh: str | None = None
+    gradient_accumulation: int = 1
     seed: int = 0
 
 

@@ -182,7 +182,8 @@ def used_rows(
       tokens: Token ids.
       live: Which tokens count.
       vocabulary_size: V.
-      axis_name: Of a `jax.pmap`: `ids` and `count` are those of all its devices.
+      axis_name: Of a `jax.pmap` or `jax.shard_map`: `ids` and `count` are those of
+        all its devices.
     """
     shape = tokens.shape
     if axis_name is not None:

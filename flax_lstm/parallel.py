@@ -1,22 +1,27 @@
-"""One training step on one device, by `jax.pmap`, or by `jax.jit` over a mesh.
+"""One training step on one device, by `jax.pmap`, or over a mesh of devices.
 
-Axes     D devices, B rows of a batch.
-Rows     A batch, and the LSTM state carried between batches, are split over the
-         devices row by row; all else is on each of them.
-Forms    "jit": arrays as they are, on the first device. "sharded": the same arrays
-         over a mesh. "pmap": a leading axis D on every array.
+Axes     D shares of the rows of a batch, one for each device that has rows of its own.
+Rows     A batch, and the LSTM state carried between batches, are split row by row.
+Forms    "jit": arrays as they are, on the first device. "sharded": the same arrays over
+         a mesh, whose devices may belong to several processes. "pmap": a leading axis D
+         on every array.
+Sharded  Each device runs the step on its rows (`jax.shard_map`), so that nothing of the
+         rows is exchanged but what the step asks for: sums, and the tokens of the batch
+         for a sparse update. Along `model` the compiler partitions the step.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-AXIS = "batch"
-"""Name of the axis of devices."""
+from flax_lstm.config import TrainConfig, UserError
+from flax_lstm.mesh import DATA, make_mesh, sharding, share_of_rows
 
 
 class Program(NamedTuple):
@@ -29,11 +34,14 @@ class Program(NamedTuple):
         out of a placed state.
       place_state: Copies a state onto the devices.
       place_batch: Puts a batch onto the devices, filled up with rows of weight 0 to a
-        multiple of their number. `step` and `eval_step` do so with NumPy batches;
-        calling it ahead of them overlaps the copy with the step before.
+        multiple of `multiple`. `step` and `eval_step` do so with NumPy batches;
+        calling it ahead of them overlaps the copy with the step before. With several
+        processes each gives its part of the batch.
       fetch: Returns a placed state as plain arrays, one copy of each, as it was given
-        to `place_state`: the form to save.
+        to `place_state`: the form to save. Over a mesh they stay where they are.
       devices: The devices used.
+      multiple: The number of rows of a batch is filled up to a multiple of this.
+      part: (k, n): this process gives the k-th of n equal parts of each batch.
     """
 
     step: Callable[[Any, Any], tuple[Any, Any]]
@@ -42,6 +50,8 @@ class Program(NamedTuple):
     place_batch: Callable[[Any], Any]
     fetch: Callable[[Any], Any]
     devices: tuple[Any, ...]
+    multiple: int
+    part: tuple[int, int]
 
 
 def pad_batch(batch: Any, multiple: int) -> Any:
@@ -64,65 +74,177 @@ def compile_steps(
     make_train_step: Callable[[str | None], Callable],
     make_eval_step: Callable[[str | None], Callable],
     by_rows: Any,
-    mode: str,
+    config: TrainConfig,
     devices: tuple[Any, ...],
 ) -> Program:
     """Compiles a training and an evaluation step for some devices.
 
     Args:
       make_train_step: Returns `step(state, batch) -> (state, metrics)` for the name of
-        a `jax.pmap` axis, or for None.
+        an axis of devices, or for None.
       make_eval_step: Returns `step(params, batch, carry) -> (sums, carry)`, likewise.
       by_rows: Prefix of the state: True where arrays have the rows of the batch.
-      mode: "jit", "pmap" or "sharded".
-      devices: At least one; "jit" uses the first.
+      config: `parallel`, `mesh` and `gradient_accumulation` are used.
+      devices: At least one.
 
     Raises:
+      UserError: If the settings do not go together.
       ValueError: If the mode is unknown or there is no device.
     """
+    mode, processes = config.parallel, {d.process_index for d in devices}
     if mode not in ("jit", "pmap", "sharded") or not devices:
         raise ValueError(
             'mode must be "jit", "pmap" or "sharded", on at least one device; got '
             f"{mode!r} on {len(devices)} devices."
         )
-    if mode == "jit":
+    spread = config.mesh is not None or len(processes) > 1
+    if mode == "pmap" and spread:
+        raise UserError(
+            "parallel = 'pmap' runs on the devices of one process, without a mesh; got "
+            f"mesh {config.mesh} and {len(processes)} processes. Give --parallel "
+            "sharded."
+        )
+    steps = (make_train_step, make_eval_step, by_rows)
+    if mode == "pmap":
+        return _by_pmap(*steps, config.gradient_accumulation, devices)
+    if mode == "jit" and not spread:
         devices = devices[:1]
-    mesh = Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+    return _over_mesh(*steps, config, devices)
+
+
+def _over_mesh(
+    make_train_step: Callable,
+    make_eval_step: Callable,
+    by_rows: Any,
+    config: TrainConfig,
+    devices: tuple[Any, ...],
+) -> Program:
+    """Compiles for a mesh, which may be of one device."""
+    mesh = make_mesh(config.mesh, devices)
+    shares = mesh.shape[DATA]
     whole = NamedSharding(mesh, PartitionSpec())
-    rows = NamedSharding(mesh, PartitionSpec(AXIS))
-    stacked = mode == "pmap"
-    if stacked:
-        train_step = jax.pmap(
-            make_train_step(AXIS), AXIS, out_axes=(0, None), devices=devices,
-            donate_argnums=0,
-        )  # fmt: skip
-        eval_step = jax.pmap(
-            make_eval_step(AXIS), AXIS, out_axes=(None, 0), devices=devices
+    rows = NamedSharding(mesh, PartitionSpec(DATA))
+    part = share_of_rows(mesh, jax.process_index())
+    multiple = shares * config.gradient_accumulation
+    specs = jax.tree.map(lambda x: rows.spec if x else whole.spec, by_rows)
+
+    def layout(state: Any) -> Any:
+        return jax.tree.map(
+            lambda split, below: jax.tree.map_with_path(
+                lambda path, x: sharding(mesh, _name(path), x, by_rows=split), below
+            ),
+            by_rows,
+            state,
         )
+
+    if shares == 1:  # nobody to share the rows with
+        train_step, eval_step = make_train_step(None), make_eval_step(None)
     else:
-        shardings = jax.tree.map(lambda split: rows if split else whole, by_rows)
-        train_step = jax.jit(
-            make_train_step(None), donate_argnums=0, out_shardings=(shardings, whole)
+        # Not checked for values that vary over devices: a loop of a kernel, which
+        # knows nothing of devices, could not pass.
+        mapped = partial(jax.shard_map, mesh=mesh, axis_names={DATA}, check_vma=False)
+        train_step = mapped(
+            make_train_step(DATA),
+            in_specs=(specs, rows.spec),
+            out_specs=(specs, whole.spec),
         )
-        eval_step = jax.jit(make_eval_step(None), out_shardings=(whole, rows))
+        eval_step = mapped(
+            make_eval_step(DATA),
+            in_specs=(whole.spec, rows.spec, rows.spec),
+            out_specs=(whole.spec, rows.spec),
+        )
+
+    @partial(jax.jit, donate_argnums=0)
+    def jitted_step(state: Any, batch: Any) -> tuple[Any, Any]:
+        state, metrics = train_step(state, batch)
+        placed = lax.with_sharding_constraint(state, layout(state))
+        return placed, lax.with_sharding_constraint(metrics, whole)
+
+    @jax.jit
+    def jitted_eval_step(params: Any, batch: Any, carry: Any) -> tuple[Any, Any]:
+        sums, carry = eval_step(params, batch, carry)
+        return lax.with_sharding_constraint(sums, whole), carry
+
+    def place(x: Any, split: bool, where: NamedSharding) -> jax.Array:
+        if split:
+            _check_rows(x.shape[0], multiple, CARRIED)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = place(jax.random.key_data(x), False, whole)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        if mesh.is_multi_process:
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, where, lambda at: x[at])
+        # Never the caller's own buffers: the step donates them.
+        return jax.device_put(x, where, may_alias=False)
+
+    def place_state(state: Any) -> Any:
+        return jax.tree.map(
+            lambda split, below, wheres: jax.tree.map(
+                lambda x, where: place(x, split, where), below, wheres
+            ),
+            by_rows,
+            state,
+            layout(state),
+        )
+
+    def place_batch(batch: Any) -> Any:
+        batch = pad_batch(batch, multiple // part[1])
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(
+                rows, x, (len(x) * part[1], *x.shape[1:])
+            ),
+            batch,
+        )
+
+    ready = partial(_ready, multiple, place_batch)
+    return Program(
+        step=lambda state, batch: jitted_step(state, ready(batch)),
+        eval_step=lambda params, batch, carry: jitted_eval_step(
+            params, ready(batch), carry
+        ),
+        place_state=place_state,
+        place_batch=place_batch,
+        fetch=lambda state: state,
+        devices=tuple(mesh.devices.flat),
+        multiple=multiple,
+        part=part,
+    )
+
+
+def _by_pmap(
+    make_train_step: Callable,
+    make_eval_step: Callable,
+    by_rows: Any,
+    accumulation: int,
+    devices: tuple[Any, ...],
+) -> Program:
+    """Compiles by `jax.pmap`."""
+    # The mesh of a pmap has one axis.
+    stacked = NamedSharding(
+        jax.sharding.Mesh(np.array(devices), (DATA,)), PartitionSpec(DATA)
+    )
+    multiple = len(devices) * accumulation
+    train_step = jax.pmap(
+        make_train_step(DATA), DATA, out_axes=(0, None), devices=devices,
+        donate_argnums=0,
+    )  # fmt: skip
+    eval_step = jax.pmap(
+        make_eval_step(DATA), DATA, out_axes=(None, 0), devices=devices
+    )
 
     def place(x: Any, split: bool) -> jax.Array:
+        # On the host, where nothing has to be compiled for each shape.
+        x = x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
         if split:
-            check_rows(x.shape[0], "the LSTM state carried between batches")
-        if stacked:
-            # On the host, where nothing has to be compiled for each shape.
-            x = x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
-            if split:
-                x = x.reshape(len(devices), -1, *x.shape[1:])
-            else:
-                namespace = np if isinstance(x, np.ndarray) else jnp
-                x = namespace.broadcast_to(x, (len(devices), *x.shape))
+            _check_rows(x.shape[0], multiple, CARRIED)
+            x = x.reshape(len(devices), -1, *x.shape[1:])
+        else:
+            namespace = np if isinstance(x, np.ndarray) else jnp
+            x = namespace.broadcast_to(x, (len(devices), *x.shape))
         # Never the caller's own buffers: the step donates them.
-        return jax.device_put(x, rows if stacked or split else whole, may_alias=False)
+        return jax.device_put(x, stacked, may_alias=False)
 
     def fetch_array(x: jax.Array, split: bool) -> jax.Array:
-        if not stacked:
-            return x
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x[0]
         if split:
@@ -136,28 +258,14 @@ def compile_steps(
             state,
         )
 
-    def check_rows(count: int, name: str) -> None:
-        if count % len(devices):
-            raise ValueError(
-                f"{name} has {count} rows, which {len(devices)} devices cannot share "
-                "evenly; make batch_size a multiple of the number of devices, or pad "
-                "the batch with place_batch."
-            )
-
     def place_batch(batch: Any) -> Any:
-        batch = pad_batch(batch, len(devices))
-        if stacked:
-            batch = jax.tree.map(
-                lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch
-            )
-        return jax.device_put(batch, rows)
+        batch = jax.tree.map(
+            lambda x: x.reshape(len(devices), -1, *x.shape[1:]),
+            pad_batch(batch, multiple),
+        )
+        return jax.device_put(batch, stacked)
 
-    def ready(batch: Any) -> Any:
-        if not isinstance(batch.labels, jax.Array):
-            return place_batch(batch)
-        check_rows(batch.labels.size, "the batch")
-        return batch
-
+    ready = partial(_ready, multiple, place_batch)
     return Program(
         step=lambda state, batch: train_step(state, ready(batch)),
         eval_step=lambda params, batch, carry: eval_step(params, ready(batch), carry),
@@ -165,4 +273,30 @@ def compile_steps(
         place_batch=place_batch,
         fetch=lambda state: over_state(fetch_array, state),
         devices=devices,
+        multiple=multiple,
+        part=(0, 1),
     )
+
+
+CARRIED = "the LSTM state carried between batches"
+
+
+def _check_rows(count: int, multiple: int, name: str) -> None:
+    if count % multiple:
+        raise UserError(
+            f"{name} has {count} rows, which {multiple} devices and steps of "
+            "accumulation cannot share evenly; make batch_size a multiple of "
+            f"{multiple}, or pad the batch with place_batch."
+        )
+
+
+def _ready(multiple: int, place_batch: Callable[[Any], Any], batch: Any) -> Any:
+    """Returns a batch on the devices, where it may be already."""
+    if not isinstance(batch.labels, jax.Array):
+        return place_batch(batch)
+    _check_rows(batch.labels.size, multiple, "the batch")
+    return batch
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -27,6 +27,7 @@ from flax_lstm.config import Config, UserError
 from flax_lstm.environment import use_compilation_cache
 from flax_lstm.epochs import Progress, Trainer
 from flax_lstm.events import EpochDone, Event, Finished, RunStarted, StepDone
+from flax_lstm.mesh import model_over_mesh
 from flax_lstm.model_state import classifier, initial_state, restore, state_template
 from flax_lstm.settings import (
     check_same_config,
@@ -121,7 +122,8 @@ def _train(
         check_same_data(recorded["data"], corpus.summary, folder)
     lengths = corpus.bucket_lengths
     batches = data.batch_count(corpus.parts["train"], lengths, config.data)
-    init, apply = classifier(config.model, corpus.tokenizer.vocabulary_size)
+    model = model_over_mesh(config.model, config.training.mesh)
+    init, apply = classifier(model, corpus.tokenizer.vocabulary_size)
     optimizer = make_optimizer(config.training, batches * config.training.epochs)
     program = parallelize(apply, optimizer, config.training)
     template = state_template(config, init)

@@ -11,6 +11,9 @@ from flax_lstm import folder as files
 from flax_lstm.config import Config, UserError
 from flax_lstm.host_memory import machine_bytes
 
+TOPOLOGY = ("parallel", "mesh", "gradient_accumulation")
+"""What a resumed run may change: where it computes, which changes rounding alone."""
+
 
 def recorded_config(folder: str | Path) -> Config:
     """Returns the configuration of the run in a folder.
@@ -44,7 +47,7 @@ def check_same_config(recorded: Config, asked: Config, folder: Path) -> None:
     for section, settings in recorded.to_dict().items():
         for name, old in settings.items():
             new = getattr(getattr(asked, section), name)
-            if new == old or (name == "epochs" and new > old):
+            if new == old or name in TOPOLOGY or (name == "epochs" and new > old):
                 continue
             why = "; epochs can only grow" if name == "epochs" else ""
             raise UserError(
@@ -89,6 +92,7 @@ def check_settings(config: Config) -> None:
     model, training, source = config.model, config.training, config.data
     least_one = {
         "training.epochs": training.epochs,
+        "training.gradient_accumulation": training.gradient_accumulation,
         "data.batch_size": source.batch_size,
         "data.max_length": source.max_length,
         "data.buckets": source.buckets,
@@ -128,6 +132,12 @@ def check_settings(config: Config) -> None:
         raise UserError(
             "setting training.seed must be at least 0 and at most 4294967295; got "
             f"{training.seed}."
+        )
+    if source.batch_size % training.gradient_accumulation:
+        raise UserError(
+            f"data.batch_size {source.batch_size} cannot be computed in "
+            f"{training.gradient_accumulation} equal parts; make it a multiple of "
+            "--gradient-accumulation."
         )
     least, there_is = least_bytes(config), machine_bytes()
     if there_is is not None and least > there_is:

@@ -148,17 +148,19 @@ def make_train_step(
     """Builds `train_step(state, batch) -> (state, metrics)`, a pure function.
 
     Metrics are scalars: `loss` and `accuracy` (weighted means over the batch),
-    `grad_norm` (before clipping), `count` (sum of the weights), `learning_rate`, and
-    `finite`. Where the loss or the norm of the gradient is not finite, `finite` is
-    False and the state returned is the state given.
+    `grad_norm` (before clipping), `count` (sum of the weights), `tokens` (those of rows
+    with a weight, without the padding; with it where there are no lengths),
+    `learning_rate`, and `finite`. Where the loss or the norm of the gradient is not
+    finite, `finite` is False and the state returned is the state given.
 
     Args:
       apply: `apply(params, tokens, lengths, state=, key=) -> (logits, state)`, where
         `key` is one key for each row.
       optimizer: From `make_optimizer`.
-      config: Loss and whether the LSTM state is carried.
-      axis_name: Of the `jax.pmap` this step is for; each device then has an equal part
-        of the batch. None under `jax.jit`, whatever the sharding.
+      config: Loss, whether the LSTM state is carried, and in how many parts each device
+        computes its rows.
+      axis_name: Of the `jax.pmap` or `jax.shard_map` this step is for; each device then
+        has an equal part of the batch. None where one program sees the whole batch.
     """
 
     def over_devices(tree: Any) -> Any:
@@ -178,17 +180,25 @@ def make_train_step(
             tokens = used.slots
             params = with_embedding(params, embedding.at[used.ids].get(mode="clip"))
 
-        def loss_of(params: Any) -> tuple[Array, Any]:
-            logits, carry = apply(
-                params, tokens, batch.lengths, state=state.carry, key=keys
-            )
-            loss = _total(row_losses(config.loss, logits, batch.labels), share)
-            return loss, (_total(correct(logits, batch.labels), share), carry)
+        def loss_of(params: Any, rows: tuple) -> tuple[Array, Any]:
+            tokens, lengths, labels, share, keys, carry = rows
+            logits, carry = apply(params, tokens, lengths, state=carry, key=keys)
+            loss = _total(row_losses(config.loss, logits, labels), share)
+            return loss, (_total(correct(logits, labels), share), carry)
 
-        (loss, (accuracy, carry)), gradients = jax.value_and_grad(
-            loss_of, has_aux=True
-        )(params)
-        loss, accuracy, gradients = over_devices((loss, accuracy, gradients))
+        def sums_of(rows: tuple) -> tuple[Any, Any]:
+            (loss, (accuracy, carry)), gradients = jax.value_and_grad(
+                loss_of, has_aux=True
+            )(params, rows)
+            return (loss, accuracy, gradients), carry
+
+        # Sums over rows of shares of the whole batch: parts of it simply add up.
+        sums, carry = in_parts(
+            sums_of,
+            (tokens, batch.lengths, batch.labels, share, keys, state.carry),
+            config.gradient_accumulation,
+        )
+        loss, accuracy, gradients = over_devices(sums)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, optimizer_state = update(
@@ -205,6 +215,7 @@ def make_train_step(
             "accuracy": accuracy,
             "grad_norm": norm,
             "count": count,
+            "tokens": over_devices(count_tokens(batch)),
             "learning_rate": jnp.asarray(optimizer.learning_rate(state.step)),
             "finite": finite,
         }
@@ -223,6 +234,45 @@ def make_train_step(
     return train_step
 
 
+def in_parts(
+    function: Callable[[Any], tuple[Any, Any]], rows: Any, parts: int
+) -> tuple[Any, Any]:
+    """Calls a function on equal parts of the rows, one after the other.
+
+    >>> rows = jnp.arange(6.0)
+    >>> total, each = in_parts(lambda part: (part.sum(), 2 * part), rows, 3)
+    >>> float(total), each.tolist()
+    (15.0, [0.0, 2.0, 4.0, 6.0, 8.0, 10.0])
+
+    Args:
+      function: `function(part) -> (sums, each)`; `each` has a value for each row, or is
+        None.
+      rows: Pytree of arrays `[B, ...]`.
+      parts: A divisor of B.
+
+    Returns:
+      The sums added up, and `each` for all rows.
+    """
+    if parts == 1:
+        return function(rows)
+    count = len(jax.tree.leaves(rows)[0])
+    if count % parts:
+        raise ValueError(
+            f"{count} rows cannot be computed in gradient_accumulation = {parts} equal "
+            "parts; make batch_size a multiple of it on each device, or pad the batch."
+        )
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
+    like = jax.eval_shape(function, jax.tree.map(lambda x: x[0], split))[0]
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+    def step(total: Any, part: Any) -> tuple[Any, Any]:
+        sums, each = function(part)
+        return jax.tree.map(jnp.add, total, sums), each
+
+    total, each = lax.scan(step, zero, split)
+    return total, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), each)
+
+
 def row_keys(
     key: PRNGKeyArray, first: int | Int[Array, ""], rows: int
 ) -> Key[Array, " B"]:
@@ -237,6 +287,12 @@ def live_tokens(batch: Batch) -> Bool[Array, "B T"]:
     if batch.lengths is not None:
         live &= jnp.arange(shape[1])[None, :] < batch.lengths[:, None]
     return live
+
+
+def count_tokens(batch: Batch) -> Int[Array, ""]:
+    """Counts the tokens of the rows that have a weight."""
+    lengths = batch.tokens.shape[1] if batch.lengths is None else batch.lengths
+    return jnp.sum(jnp.where(batch.weights > 0, lengths, 0))
 
 
 def correct(logits: Float[Array, " B"], labels: Float[Array, " B"]):
@@ -259,21 +315,28 @@ def make_eval_step(
 
     def eval_step(params: Any, batch: Batch, carry: Any) -> tuple[Metrics, Any]:
         batch = jax.tree.map(jnp.asarray, batch)
-        logits, new_carry = apply(params, batch.tokens, batch.lengths, state=carry)
-        labels, weights = batch.labels, batch.weights
-        score = jnp.round(jax.nn.sigmoid(logits))
-        sums = {
-            "loss": _total(row_losses(config.loss, logits, labels), weights),
-            "correct": _total(correct(logits, labels), weights),
-            "count": weights.sum(),
-            "true_negatives": _total((1 - score) * (1 - labels), weights),
-            "false_positives": _total(score * (1 - labels), weights),
-            "false_negatives": _total((1 - score) * labels, weights),
-            "true_positives": _total(score * labels, weights),
-        }
-        if axis_name is not None:
-            sums = lax.psum(sums, axis_name)
-        return sums, None if carry is None else new_carry
+
+        def sums_of(rows: tuple) -> tuple[Metrics, Any]:
+            tokens, lengths, labels, weights, carry = rows
+            logits, new_carry = apply(params, tokens, lengths, state=carry)
+            score = jnp.round(jax.nn.sigmoid(logits))
+            sums = {
+                "loss": _total(row_losses(config.loss, logits, labels), weights),
+                "correct": _total(correct(logits, labels), weights),
+                "count": weights.sum(),
+                "true_negatives": _total((1 - score) * (1 - labels), weights),
+                "false_positives": _total(score * (1 - labels), weights),
+                "false_negatives": _total((1 - score) * labels, weights),
+                "true_positives": _total(score * labels, weights),
+            }
+            return sums, None if carry is None else new_carry
+
+        sums, carry = in_parts(
+            sums_of,
+            (batch.tokens, batch.lengths, batch.labels, batch.weights, carry),
+            config.gradient_accumulation,
+        )
+        return sums if axis_name is None else lax.psum(sums, axis_name), carry
 
     return eval_step
 
@@ -359,13 +422,17 @@ def parallelize(
       apply: As in `make_train_step`.
       optimizer: From `make_optimizer`.
       config: Settings.
-      devices: Devices to use, all local ones when None; "jit" uses the first.
+      devices: Devices to use, all when None; of one process for "pmap". "jit" uses the
+        first, where there is no mesh and one process.
+
+    Raises:
+      UserError: If the settings of the devices do not go together.
     """
     by_rows = TrainState._make([False] * 4 + [True])  # the carry alone
     return compile_steps(
         lambda axis: make_train_step(apply, optimizer, config, axis_name=axis),
         lambda axis: make_eval_step(apply, config, axis_name=axis),
         by_rows,
-        config.parallel,
-        tuple(jax.local_devices() if devices is None else devices),
+        config,
+        tuple(jax.devices() if devices is None else devices),
     )

@@ -19,7 +19,7 @@ CORE = (
     "dropout regularize"
 )
 MODULES = f"{CORE} config pooling embedding initializers layers nnx linen"
-WORK = "data batching optim parallel train checkpoint"
+WORK = "data batching optim mesh parallel train checkpoint"
 ARROWS = {
     "__init__": CORE,
     "cell": "",
@@ -51,8 +51,9 @@ ARROWS = {
     "leaves": "",
     "checkpoint": "config host_memory leaves",
     "optim": "config",
-    "parallel": "optim",
-    "train": f"{MODULES} optim parallel",
+    "mesh": "config",
+    "parallel": "config mesh",
+    "train": f"{MODULES} mesh optim parallel",
     "report": "config events",
     "folder": "config",
     "environment": "",
@@ -63,7 +64,7 @@ ARROWS = {
     "settings": "config folder host_memory",
     "model_state": f"{MODULES} checkpoint train",
     "trained": "batching config data checkpoint folder model_state settings train",
-    "run": "config data checkpoint environment epochs events folder model_state "
+    "run": "config data checkpoint environment epochs events folder mesh model_state "
     "settings startup train trained",
     "bench": f"{CORE} config convert environment host_memory",
     "commands": "bench config events report run trained",

@@ -15,7 +15,7 @@ from flax_lstm.config import ModelConfig, TrainConfig
 from flax_lstm.optim import Optimizer
 
 V, E, B, T = 50, 4, 6, 5
-MODEL = ModelConfig(embedding_size=E, features=(5,), dropout=0.5, pooling="last")
+MODEL = ModelConfig(embedding_size=E, features=(6,), dropout=0.5, pooling="last")
 
 
 class Batch(NamedTuple):
@@ -219,8 +219,8 @@ def run(config, devices, *, model, lengths):
 
 
 WAYS = {
-    "adamw-sparse": [("pmap", 8), ("sharded", 8)],
-    "adadelta-sparse-carry": [("pmap", 2), ("sharded", 2)],
+    "adamw-sparse": [("pmap", 8), ("sharded", 8), ("data=2,model=2", 4)],
+    "adadelta-sparse-carry": [("pmap", 2), ("sharded", 2), ("data=1,model=2", 2)],
     "bag-adamw-dense": [("pmap", 8), ("sharded", 2)],
 }
 
@@ -241,7 +241,8 @@ def test_every_way_of_going_parallel_gives_the_same_parameters(case):
     want, want_metrics, want_sums = run_steps(config, devices[:1])
     assert int(want.step) == 3
     for mode, count in WAYS[case]:
-        other = dataclasses.replace(config, parallel=mode)
+        change = {"mesh" if "=" in mode else "parallel": mode}
+        other = dataclasses.replace(config, **change)
         got, metrics, sums = run_steps(other, devices[:count])
 
         def close(a, b, atol):
@@ -267,7 +268,7 @@ def test_rows_that_devices_cannot_share_are_refused():
     config = settings(carry_state=True, parallel="sharded")
     apply, optimizer, state = begin(config)
     program = train.parallelize(apply, optimizer, config, jax.devices()[:4])
-    with pytest.raises(ValueError, match="has 6 rows, which 4 devices cannot share"):
+    with pytest.raises(ValueError, match="has 6 rows, which 4 devices"):
         program.place_state(state)
     with pytest.raises(ValueError, match="the batch has 6 rows, which 4 devices"):
         program.step(state, jax.tree.map(jnp.asarray, draw_batch(0)))
@@ -293,6 +294,72 @@ def test_the_state_is_donated_and_the_callers_own_is_not():
     gone = [x.is_deleted() for x in jax.tree.leaves(placed.params)]
     assert all(gone)
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+# ------------------------------------------------------------ gradient accumulation
+
+
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [("adamw-sparse", "jit"), ("adadelta-carry", "sharded"), ("adamw-dense", "pmap")],
+)
+def test_a_batch_in_parts_gives_the_step_of_the_whole(case, mode):
+    """Partial batches, dropout, lazy word vectors, and a norm that clips every step.
+
+    A mean over means of parts would weigh the rows of the last, short part more.
+    """
+    config = settings(
+        optimizer="adadelta" if "adadelta" in case else "adamw",
+        sparse_embedding="dense" not in case,
+        carry_state="carry" in case,
+        clip_norm=0.05,
+    )
+    devices = jax.devices()[: 1 if mode == "jit" else 2]
+    run_steps = functools.partial(run, model=None, lengths="carry" not in case)
+    want, want_metrics, want_sums = run_steps(config, devices[:1])
+    in_parts = dataclasses.replace(config, gradient_accumulation=4, parallel=mode)
+    got, metrics, sums = run_steps(in_parts, devices)
+
+    def close(a, b, atol):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)
+
+    # Sums in another order, through three steps whose size is 0.05 a weight.
+    jax.tree.map(lambda a, b: close(a, b, 2e-5), got, want)
+    jax.tree.map(lambda a, b: close(a, b, 1e-6), metrics, want_metrics)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), sums, want_sums)
+    assert metrics[0]["grad_norm"] > config.clip_norm
+
+
+def test_parts_bound_the_memory_of_a_step():
+    """XLA's own account of temporary buffers, of 64 rows at once and in 16 parts."""
+
+    def temporary(parts):
+        config = settings(gradient_accumulation=parts)
+        apply, optimizer, state = begin(config)
+        step = jax.jit(train.make_train_step(apply, optimizer, config))
+        batch = draw_batch(0, rows=64)
+        wide = batch._replace(tokens=np.tile(batch.tokens, (1, 20)))
+        return step.lower(state, wide).compile().memory_analysis().temp_size_in_bytes
+
+    # What depends on the rows is nearly all of it; a sixteenth, and what does not.
+    assert temporary(16) < temporary(1) / 4
+
+
+def test_rows_that_do_not_make_equal_parts_are_refused():
+    config = settings(gradient_accumulation=4)
+    apply, optimizer, state = begin(config)
+    step = train.make_train_step(apply, optimizer, config)
+    with pytest.raises(ValueError, match=r"6 rows cannot be computed in .* = 4 equal"):
+        step(state, draw_batch(0))
+
+
+def test_tokens_are_those_of_the_texts_where_lengths_are_known():
+    ones = np.array([1, 1, 0], np.float32)
+    batch = Batch(np.zeros((3, 5), np.int32), np.array([5, 2, 4]), ones, ones)
+    assert int(train.count_tokens(batch)) == 7
+    assert int(train.count_tokens(batch._replace(lengths=None))) == 10
 
 
 # ------------------------------------------------------- carry, non-finite numbers
