@@ -125,12 +125,18 @@ def zero_state(
     return LSTMState(jnp.zeros(shape, state_dtype(dtype)), jnp.zeros(shape, dtype))
 
 
+def squash(
+    i: Array, f: Array, g: Array, o: Array, sigmoid: Callable = jax.nn.sigmoid
+) -> tuple[Array, Array, Array, Array]:
+    """Turns four pre-activations into the gates i, f, g, o, each of its own shape."""
+    return sigmoid(i), sigmoid(f), jnp.tanh(g), sigmoid(o)
+
+
 def activate(
     z: Float[Array, "*B G"],
 ) -> tuple[Array, Array, Array, Array]:
     """Turns gate pre-activations into the gates i, f, g, o, each `[*B, H]`."""
-    i, f, g, o = jnp.split(z, 4, axis=-1)
-    return jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+    return squash(*jnp.split(z, 4, axis=-1))
 
 
 def update(i: Array, f: Array, g: Array, o: Array, c: Array) -> tuple[Array, Array]:

@@ -1,0 +1,101 @@
+"""Where the versions of JAX differ in Pallas for GPUs; every test of a version is here.
+
+Tried with 0.10.2 and 0.12; what is asked of 0.11 is what stands in its change log.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+NEW_LOADS = jax.__version_info__ >= (0, 11)
+
+if NEW_LOADS:
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+else:
+    # Not public before 0.11.
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+# Whether the interpreter knows layouts of registers and transposed operands of wgmma.
+INTERPRETS_LAYOUTS = NEW_LOADS
+
+__all__ = [
+    "INTERPRETS_LAYOUTS",
+    "InterpretGPUParams",
+    "kernel",
+    "load",
+    "races_found",
+    "transposed",
+]
+
+
+def load(ref: Any, layout: Any) -> Any:
+    """Loads a reference into registers of the layout, by whatever instructions do."""
+    if NEW_LOADS:
+        return plgpu.load(ref, layout=layout, optimized=False)
+    return plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def transposed(ref: Any) -> Any:
+    """Returns a view of a reference of two axes with the axes exchanged."""
+    return ref.T if NEW_LOADS else plgpu.transpose_ref(ref, (1, 0))
+
+
+def races_found() -> bool:
+    """Says whether the last interpreted kernel, told to look for races, had one."""
+    # Not public in any version.
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return gpu_callbacks.get_races().races_found
+
+
+def kernel(
+    body: Callable[..., None],
+    *,
+    out_type: Sequence[Any],
+    scratch_types: Sequence[Any],
+    interpret: Any = None,
+    name: str,
+    approx_math: bool = False,
+    auto_barriers: bool = True,
+    **mesh: Any,
+) -> Callable[..., Any]:
+    """Makes a kernel of `body(*operands, *outputs, *scratch)`; `plgpu.kernel` in short.
+
+    Operands may be arrays, which are only read, and `jax.new_ref`s in `plgpu.GMEM`,
+    which the kernel also writes, in place. (`plgpu.kernel` of 0.10.2 takes no refs.)
+
+    Args:
+      body: What every warpgroup runs.
+      out_type: Shape and dtype of each output.
+      scratch_types: Shared memory and barriers of a block.
+      interpret: Runs on any device by Pallas' interpreter: True, or its parameters.
+      name: Of the kernel, in profiles.
+      approx_math: Uses the hardware's `tanh` and `exp`, of 11 bits or so.
+      auto_barriers: Has Pallas put a barrier around every access to shared memory.
+      **mesh: grid, grid_names, cluster, cluster_names, num_threads, thread_name.
+    """
+    if interpret is True:
+        interpret = InterpretGPUParams()
+
+    def with_scratch(*refs: Any) -> None:
+        pl.run_scoped(
+            lambda *scratch: body(*refs, *scratch),
+            *scratch_types,
+            collective_axes=mesh.get("thread_name") or (),
+        )
+
+    return pl.kernel(
+        with_scratch,
+        out_type=out_type,
+        mesh=plgpu.Mesh(**mesh),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=approx_math,
+            unsafe_no_auto_barriers=not auto_barriers,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        interpret=interpret or False,
+        name=name,
+    )

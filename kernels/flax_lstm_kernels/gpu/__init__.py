@@ -1,0 +1,113 @@
+"""The LSTM over time on an NVIDIA Hopper GPU, in Pallas Mosaic GPU.
+
+Both passes take and return what the kernels of the CPU do, but for two dtypes, named
+below. Not yet run on hardware: they are interpreted on a CPU by the tests, and compiled
+ahead of time for an H100 by `experiments/compile_kernels.py`.
+
+Axes     T time, B batch, I input size, H hidden size, G = 4H in gate order i f g o.
+Dtype    That of `inputs`: bfloat16, float16, or float32, which is multiplied as tf32
+         (11 bits). c is float32. In the 16-bit kernels the gates that are kept are
+         float16, and d_z is in the computation dtype, as the products after it take it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from flax_lstm_kernels.gpu import single
+from flax_lstm_kernels.gpu.arrange import (
+    UNITS,
+    fill,
+    gates_joined,
+    projected,
+    up,
+    weights_out_in,
+)
+from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
+
+__all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
+
+FORWARD = {"single": single.forward_pass}
+
+
+def device_kind() -> str | None:
+    """Returns the compute capability of the default device; None if it has none."""
+    device = jax.devices()[0]
+    return device.compute_capability if device.platform == "gpu" else None
+
+
+def forward(
+    inputs: Float[Array, "T B I"],
+    kernel: Float[Array, "I G"],
+    recurrent_kernel: Float[Array, "H G"],
+    bias: Float[Array, " G"],
+    c: Float[Array, "B H"],
+    h: Float[Array, "B H"],
+    lengths: Int[Array, " B"],
+    resets: UInt8[Array, "T B"] | UInt8[Array, "0 0"],
+    *,
+    reverse: bool,
+    keep: bool,
+    plan: Plan | None = None,
+    interpret: Any = None,
+) -> tuple[Array, ...]:
+    """Runs the LSTM over time.
+
+    Args:
+      inputs: What to run over, in the computation dtype; what stands past the lengths
+        changes nothing.
+      kernel: Weights of the inputs.
+      recurrent_kernel: Weights of the outputs.
+      bias: Bias.
+      c: Cell before the first step.
+      h: Output before the first step.
+      lengths: int32, 0 to T.
+      resets: Not 0 where a step starts from zeros; `[0, 0]` for nowhere.
+      reverse: From the last valid step to the first.
+      keep: Also returns what `backward` needs.
+      plan: Which kernel, and how to cut up the work; the better one when None.
+      interpret: Runs on any device by Pallas' interpreter: True, or its parameters.
+
+    Returns:
+      `(hs [T, B, H], c, h, gates [T, B, 4H], before [T, B, H])`: the outputs, the final
+      state, the gates after activation and the cell that each step started from. hs
+      are 0 past the lengths; the last two are undefined there, and empty without
+      `keep`.
+
+    Raises:
+      NotImplementedError: If no kernel can run.
+    """
+    steps, rows, _ = inputs.shape
+    hidden, dtype = h.shape[1], inputs.dtype
+    if plan is None:
+        sizes = Sizes(
+            "forward", steps, rows, hidden, dtype.itemsize, keep, bool(resets.size)
+        )
+        plan = choose(sizes)
+    filled, size = up(rows, plan.rows), up(hidden, UNITS * plan.blocks)
+    hs, c, h, gates, before = FORWARD[plan.kernel](
+        projected(fill(inputs, 1, filled), kernel, bias, size),
+        weights_out_in(recurrent_kernel.astype(dtype), size),
+        fill(fill(c.astype(jnp.float32), 0, filled), 1, size),
+        fill(fill(h.astype(dtype), 0, filled), 1, size),
+        fill(lengths, 0, filled),
+        resets,
+        reverse=reverse,
+        keep=keep,
+        plan=plan,
+        interpret=interpret,
+    )
+    return (
+        hs[:, :rows, :hidden],
+        c[:rows, :hidden],
+        h[:rows, :hidden],
+        gates_joined(gates[:, :rows], hidden),
+        before[:, :rows, :hidden],
+    )
+
+
+def backward(*args: Any, **options: Any) -> tuple[Array, ...]:
+    """Carries gradients back through time."""
+    raise NotImplementedError("single: the backward pass is not written yet")

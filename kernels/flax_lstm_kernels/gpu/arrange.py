@@ -1,0 +1,108 @@
+"""Weights, states and masks in the form in which the GPU kernels read them.
+
+Axes     T time, B batch, H hidden size; N and P the same in whole tiles of the batch
+         and whole groups of units; K any.
+Layout   Gates `[T, N, 4, P]` in gate order i f g o, states `[N, P]`, units last.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
+
+UNITS = 64  # of one warpgroup: the rows of its matrix instruction
+
+
+def up(size: int, multiple: int) -> int:
+    """Rounds up to a multiple.
+
+    >>> up(100, 64)
+    128
+    """
+    return -(-size // multiple) * multiple
+
+
+def fill(array: Shaped[Array, "..."], axis: int, size: int) -> Shaped[Array, "..."]:
+    """Fills an axis up with zeros; a unit of zeros stays at c = h = 0, as g = tanh(0).
+
+    >>> fill(jnp.ones((2, 1)), 1, 3).tolist()
+    [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    """
+    if array.shape[axis] == size:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, size - array.shape[axis])
+    return jnp.pad(array, widths)
+
+
+def gates_apart(array: Shaped[Array, "*K G"], size: int) -> Shaped[Array, "*K 4 P"]:
+    """Splits the last axis into gates and units, and fills up the units."""
+    *lead, width = array.shape
+    return fill(array.reshape(*lead, 4, width // 4), -1, size)
+
+
+def gates_joined(array: Shaped[Array, "*K 4 P"], hidden: int) -> Shaped[Array, "*K G"]:
+    """Undoes `gates_apart`."""
+    *lead, _, _ = array.shape
+    return array[..., :hidden].reshape(*lead, 4 * hidden)
+
+
+def kept_dtype(dtype: Any) -> jnp.dtype:
+    """Returns the dtype in which gates after activation pass through memory.
+
+    They lie in [-1, 1], where float16 has three bits more than bfloat16.
+
+    >>> kept_dtype(jnp.bfloat16)
+    dtype('float16')
+    """
+    return jnp.dtype(jnp.float16 if jnp.dtype(dtype).itemsize == 2 else jnp.float32)
+
+
+def projected(
+    inputs: Float[Array, "T N I"],
+    kernel: Float[Array, "I G"],
+    bias: Float[Array, " G"],
+    size: int,
+) -> Float[Array, "T N 4 P"]:
+    """Returns `x W + b` of all steps, one product of XLA, as the kernels read it.
+
+    It is rounded to the computation dtype, which adds a fifth to the error of the
+    outputs in bfloat16 (T 200, H 128) and spares a copy in float32. The bits are then
+    called those of `kept_dtype`, so that the gates can take their place in memory.
+    """
+    steps, rows, inner = inputs.shape
+    wide = gates_apart(kernel.astype(inputs.dtype), size).reshape(inner, 4 * size)
+    z = inputs.reshape(steps * rows, inner) @ wide
+    bias = gates_apart(bias.astype(z.dtype), size).reshape(4 * size)
+    z = (z + jnp.broadcast_to(bias, z.shape)).reshape(steps, rows, 4, size)
+    return lax.bitcast_convert_type(z, kept_dtype(z.dtype))
+
+
+def weights_out_in(
+    recurrent_kernel: Float[Array, "H G"], size: int
+) -> Float[Array, "4 P P"]:
+    """Returns the recurrent weights as (gate, unit it goes to, unit it comes from)."""
+    wide = fill(gates_apart(recurrent_kernel, size), 0, size)
+    return wide.transpose(1, 2, 0)
+
+
+def weights_in_out(
+    recurrent_kernel: Float[Array, "H G"], size: int
+) -> Float[Array, "4 P P"]:
+    """Returns the recurrent weights as (gate, unit it comes from, unit it goes to)."""
+    wide = fill(gates_apart(recurrent_kernel, size), 0, size)
+    return wide.swapaxes(0, 1)
+
+
+def tile_ends(lengths: Int[Array, " N"], rows: int) -> Int[Array, " tiles"]:
+    """Returns the number of steps after which each tile of the batch has ended."""
+    return lengths.reshape(-1, rows).max(1)
+
+
+def tile_resets(
+    resets: Shaped[Array, "T B"], size: int, rows: int
+) -> Int[Array, "T tiles rows"]:
+    """Returns the resets by tile, as int32: what registers compare best."""
+    wide = fill((resets != 0).astype(jnp.int32), 1, size)
+    return wide.reshape(resets.shape[0], -1, rows)

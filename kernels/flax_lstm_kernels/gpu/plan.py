@@ -1,0 +1,163 @@
+"""Which GPU kernel runs, how it is cut up, and what that takes of shared memory.
+
+A kernel is a function `plan_...(sizes) -> Plan | str`: how it would run, or why it
+cannot. The first that can is chosen.
+
+Axes     T time, B batch, H hidden size; rows and units in whole tiles are N and P.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from flax_lstm_kernels.gpu.arrange import UNITS, up
+
+Kernel = Literal["single", "cluster", "grid", "step"]
+Pass = Literal["forward", "backward"]
+
+# Of an H100; CUDA C++ Programming Guide, "Technical Specifications", 9.0.
+BLOCKS = 132  # streaming multiprocessors
+SHARED_MEMORY = 227 << 10  # bytes of one block
+# What Mosaic keeps for itself beside what it is asked for, and what alignment takes.
+SPARE = 4 << 10
+ROWS = 8  # the least of a tile: columns of the matrix instruction
+
+
+class Plan(NamedTuple):
+    """How the work is cut up.
+
+    Attributes:
+      kernel: Which kernel.
+      rows: Rows of the batch in one tile; a multiple of 8.
+      stages: Steps whose inputs are in shared memory, or on their way.
+      blocks: Blocks over which the units of one tile are spread.
+    """
+
+    kernel: Kernel
+    rows: int
+    stages: int
+    blocks: int = 1
+
+
+class Sizes(NamedTuple):
+    """What is to be computed.
+
+    Attributes:
+      which: The pass.
+      steps: T.
+      rows: B.
+      hidden: H, as the caller has it.
+      itemsize: Bytes of the computation dtype, 2 or 4.
+      keep: The forward pass also writes what the backward pass needs.
+      resets: Steps may start from zeros.
+    """
+
+    which: Pass
+    steps: int
+    rows: int
+    hidden: int
+    itemsize: int
+    keep: bool = True
+    resets: bool = True
+
+
+def single_bytes(sizes: Sizes, rows: int, stages: int) -> int:
+    """Returns the shared memory that `single` asks for; see its scratch."""
+    size, item = up(sizes.hidden, UNITS), sizes.itemsize
+    tile = rows * size
+    if sizes.which == "forward":
+        outputs = tile * (4 * item + 4 + item if sizes.keep else 4 + item)
+        return (
+            4 * size * size * item
+            + 2 * tile * item
+            + 4 * stages * tile * item
+            + (outputs)
+        )
+    inputs = tile * (4 * item + 4 + item)
+    return 4 * size * size * item + 2 * 4 * tile * item + stages * inputs
+
+
+def plan_single(sizes: Sizes) -> Plan | str:
+    """Plans `single`: a block per tile, with all weights in its shared memory."""
+    # The smallest tiles that the device holds all at once: a step's time hardly
+    # depends on their rows, so long as these are few.
+    rows = min(32, up(-(-sizes.rows // BLOCKS), ROWS))
+    for stages in (4, 3, 2):
+        needed = single_bytes(sizes, rows, stages)
+        if needed <= SHARED_MEMORY - SPARE:
+            return Plan("single", rows, stages)
+    return (
+        f"single: {sizes.hidden} units of {sizes.itemsize} bytes need "
+        f"{needed / 1024:.0f} KiB of shared memory; a block has "
+        f"{(SHARED_MEMORY - SPARE) / 1024:.0f}"
+    )
+
+
+PLANNERS: dict[Kernel, Callable[[Sizes], Plan | str]] = {"single": plan_single}
+
+
+def choose(sizes: Sizes) -> Plan:
+    """Returns the plan of the first kernel that can run.
+
+    Raises:
+      NotImplementedError: If none can; says why of each.
+    """
+    reasons = []
+    for planner in PLANNERS.values():
+        found = planner(sizes)
+        if isinstance(found, Plan):
+            return found
+        reasons.append(found)
+    raise NotImplementedError("; ".join(reasons))
+
+
+class Support(NamedTuple):
+    """Whether the kernels can run.
+
+    Attributes:
+      reason: Why not; None where they can.
+      plan: Of the forward pass; None where they cannot run.
+    """
+
+    reason: str | None
+    plan: Plan | None
+
+
+def support(
+    kind: str | None, dtype: Any, hidden: int, *, steps: int = 1, rows: int = 8
+) -> Support:
+    """Says whether the kernels can run, for training, and why not.
+
+    Args:
+      kind: Compute capability of the device, as JAX gives it; None for any.
+      dtype: Computation dtype; float32 is multiplied as tf32.
+      hidden: H.
+      steps: T.
+      rows: B.
+
+    >>> support("8.0", jnp.bfloat16, 128).reason
+    'the kernels are for compute capability 9.0 (Hopper); this is 8.0'
+    >>> support("9.0", jnp.bfloat16, 128).plan
+    Plan(kernel='single', rows=8, stages=4, blocks=1)
+    """
+    dtype = jnp.dtype(dtype)
+    if kind not in (None, "9.0"):
+        return Support(
+            f"the kernels are for compute capability 9.0 (Hopper); this is {kind}", None
+        )
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return Support(
+            "float32 (multiplied as tf32), bfloat16 and float16 only; the computation "
+            f"dtype is {dtype.name}",
+            None,
+        )
+    if min(hidden, steps, rows) < 1:
+        return Support(f"sizes above 0 only; got T={steps}, B={rows}, H={hidden}", None)
+    passes: tuple[Pass, Pass] = ("backward", "forward")
+    try:
+        for which in passes:
+            plan = choose(Sizes(which, steps, rows, hidden, dtype.itemsize))
+    except NotImplementedError as error:
+        return Support(str(error), None)
+    return Support(None, plan)

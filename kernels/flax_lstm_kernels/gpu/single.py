@@ -1,0 +1,272 @@
+"""The LSTM forward over time on one Hopper SM per tile of the batch.
+
+For t = 0 .. T-1:  z = gates[t] + h R;  c, h = update(squash(z), c)
+
+Axes     T time, N batch in whole tiles, P hidden size in whole 64s.
+Grid     One block per tile of `rows` rows; they never talk to each other. Time is a
+         loop inside, as long as the tile's longest row.
+Threads  One warpgroup per 64 units. It computes z^T `[64, rows]` of its four gates, so
+         that all four of a unit meet in one thread.
+Resident The recurrent weights and two h (the one read, the one written) in shared
+         memory, c in registers.
+Step     wgmma on h starts; while it runs, the last step's results go out and later
+         steps' gates come in; then the pointwise part, h to shared memory, a barrier.
+Memory   The gates after activation take the place of those before.
+Masks    Past a row's length c and h stay and hs is 0; at a reset h R and c are taken
+         as 0.
+Numerics Products take bfloat16, float16, or float32 as tf32, and sum in float32; c is
+         float32. 16-bit kernels use the hardware's tanh, of 11 bits.
+Measured Not yet run on hardware.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from flax_lstm.cell import update
+from flax_lstm_kernels import compat
+from flax_lstm_kernels.gpu.arrange import UNITS, kept_dtype, tile_ends, tile_resets
+from flax_lstm_kernels.gpu.common import Registers, activated, tiled
+from flax_lstm_kernels.gpu.plan import Plan
+
+
+def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
+    """Runs one tile; see the module."""
+    ahead: list[Any] = list(refs)
+
+    def take(present: bool = True) -> Any:
+        return ahead.pop(0) if present else None
+
+    gates_ref, weights_ref, c_ref, h_ref, ends_ref, lengths_ref = (
+        take() for _ in range(6)
+    )
+    resets_ref = take(cuts)
+    hs_ref, c_last_ref, h_last_ref, before_ref = take(), take(), take(), take(keep)
+    weights, h_pair, z_slots, c_tile, h_tile, out_gates = (
+        take(), take(), take(), take(), take(), take(keep),
+    )  # fmt: skip
+    loaded, z_ready, step_done = take(), take(), take()
+
+    registers = Registers(plain)
+    groups = weights.shape[0]
+    tile, group = lax.axis_index("tile"), lax.axis_index("group")
+    rows, units = pl.ds(tile * plan.rows, plan.rows), pl.ds(group * UNITS, UNITS)
+    steps, end = hs_ref.shape[0], ends_ref[tile]
+
+    def time(k: Any) -> Any:
+        return end - 1 - k if reverse else k
+
+    def fetch(k: Any) -> None:
+        slot = lax.rem(k, plan.stages)
+        for n in range(4):
+            plgpu.copy_gmem_to_smem(
+                gates_ref.at[time(k), rows, n, units],
+                z_slots.at[slot, group, n],
+                z_ready.at[group * plan.stages + slot],
+            )
+
+    def synchronize() -> None:
+        """Lets all warpgroups see the h that each has stored."""
+        if groups > 1:
+            plgpu.barrier_arrive(step_done)
+            plgpu.barrier_wait(step_done)
+
+    ready = loaded.at[group]
+    for n in range(4):
+        for k in range(groups):
+            columns = pl.ds(k * UNITS, UNITS)
+            plgpu.copy_gmem_to_smem(
+                weights_ref.at[n, units, columns], weights.at[group, n, k], ready
+            )
+    plgpu.copy_gmem_to_smem(h_ref.at[rows, units], h_pair.at[0, group], ready)
+    plgpu.copy_gmem_to_smem(c_ref.at[rows, units], c_tile.at[group], ready)
+    for k in range(plan.stages - 1):
+        pl.when(k < end)(partial(fetch, k))
+    lengths = registers.per_row(lengths_ref.at[tile])
+    plgpu.barrier_wait(ready)
+    c_first = registers.load(c_tile.at[group])
+    h_first = registers.load(h_pair.at[0, group])
+    synchronize()
+
+    def write(k: Any, out: Any, gates: Any, c_old: Any) -> None:
+        """Sends off what a step leaves in memory; the tiles are free after `wait`."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        registers.store(h_tile.at[group], out)
+        if keep:
+            registers.store(c_tile.at[group], c_old)
+            for n, gate in enumerate(gates):
+                registers.store(out_gates.at[group, n], gate)
+        plgpu.commit_smem()
+        t = time(k)
+        plgpu.copy_smem_to_gmem(h_tile.at[group], hs_ref.at[t, rows, units])
+        if keep:
+            plgpu.copy_smem_to_gmem(c_tile.at[group], before_ref.at[t, rows, units])
+            for n in range(4):
+                plgpu.copy_smem_to_gmem(
+                    out_gates.at[group, n], gates_ref.at[t, rows, n, units]
+                )
+
+    def step(k: Any, carry: Any) -> Any:
+        c_old, h_old, last = carry
+        t, now, slot = time(k), lax.rem(k, 2), lax.rem(k, plan.stages)
+        operands = (
+            [[weights.at[group, n, m] for m in range(groups)] for n in range(4)],
+            [h_pair.at[now, m] for m in range(groups)],
+        )
+
+        def meanwhile() -> tuple[Any, Any]:
+            """Does what does not wait for h; returns gates and resets of the step."""
+            pl.when(k > 0)(lambda: write(k - 1, *last))
+            later = k + plan.stages - 1
+            pl.when(later < end)(lambda: fetch(later))
+            fresh = None if resets_ref is None else resets_ref.at[t, tile]
+            fresh = None if fresh is None else registers.per_row(fresh) != 0
+            plgpu.barrier_wait(z_ready.at[group * plan.stages + slot])
+            slots = [z_slots.at[slot, group, n] for n in range(4)]
+            return [registers.load(z, h_pair.dtype) for z in slots], fresh
+
+        if plain:
+            z, fresh = meanwhile()
+            recurrent = registers.product(*operands)
+        else:
+
+            def scope(*sums: Any) -> Any:
+                registers.multiply(sums, *operands)
+                given = meanwhile()
+                return *given, tuple(total[...] for total in sums)
+
+            sums = [plgpu.ACC((UNITS, plan.rows), jnp.float32)] * 4
+            z, fresh, recurrent = pl.run_scoped(scope, *sums)
+        c_start = c_old
+        if fresh is not None:
+            recurrent = [jnp.where(fresh, 0.0, part) for part in recurrent]
+            c_start = jnp.where(fresh, 0.0, c_old)
+        z = [given + part for given, part in zip(z, recurrent, strict=True)]
+        gates = activated(z, approximate=h_pair.dtype.itemsize == 2)
+        c, h = update(*gates, c_start)
+        live = t < lengths
+        c = jnp.where(live, c, c_old)
+        h = jnp.where(live, h, h_old)
+        registers.store(h_pair.at[1 - now, group], h)
+        plgpu.commit_smem()
+        synchronize()
+        out = jnp.where(live, h, 0.0).astype(h_pair.dtype)
+        gates = tuple(gate.astype(z_slots.dtype) for gate in gates)
+        return c, h, (out, gates, c_start)
+
+    # Of the layout of registers that the loop carries; never written out.
+    nothing = (
+        h_first.astype(h_pair.dtype),
+        (c_first.astype(z_slots.dtype),) * 4,
+        c_first,
+    )
+    c, h, last = lax.fori_loop(0, end, step, (c_first, h_first, nothing))
+    pl.when(end > 0)(lambda: write(end - 1, *last))
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    registers.store(h_tile.at[group], h)
+    registers.store(c_tile.at[group], c)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(h_tile.at[group], h_last_ref.at[rows, units])
+    plgpu.copy_smem_to_gmem(c_tile.at[group], c_last_ref.at[rows, units])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    registers.store(h_tile.at[group], jnp.zeros((UNITS, plan.rows), h_tile.dtype))
+    plgpu.commit_smem()
+
+    def clear(t: Any, nothing: None) -> None:
+        plgpu.copy_smem_to_gmem(h_tile.at[group], hs_ref.at[t, rows, units])
+
+    lax.fori_loop(end, steps, clear, None)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def forward_pass(
+    gates: Any,
+    weights: Any,
+    c: Any,
+    h: Any,
+    lengths: Any,
+    resets: Any,
+    *,
+    reverse: bool,
+    keep: bool,
+    plan: Plan,
+    interpret: Any = None,
+) -> tuple[Any, ...]:
+    """Runs the kernel; arrays filled up, see `flax_lstm_kernels.gpu.forward`.
+
+    Args:
+      gates: `[T, N, 4, P]` before activation, from `projected`.
+      weights: `[4, P, P]` in the computation dtype, from `weights_out_in`.
+      c: `[N, P]` in float32.
+      h: `[N, P]` in the computation dtype.
+      lengths: int32 `[N]`.
+      resets: `[T, N]`, or empty.
+      reverse: From the last valid step to the first.
+      keep: Also returns the last two results.
+      plan: How to cut up the work.
+      interpret: Runs on any device: True, or the interpreter's parameters.
+
+    Returns:
+      `(hs [T, N, P], c, h, gates [T, N, 4, P], before [T, N, P])`.
+    """
+    steps, filled, _, size = gates.shape
+    groups, dtype = size // UNITS, weights.dtype
+    kept = kept_dtype(dtype)
+    state = jax.ShapeDtypeStruct((filled, size), jnp.float32)
+    out_type = [
+        jax.ShapeDtypeStruct((steps, filled, size), dtype),
+        state,
+        jax.ShapeDtypeStruct((filled, size), dtype),
+    ]
+    place = (plan.rows, UNITS)
+    scratch = [
+        tiled((groups, 4, groups, UNITS, UNITS), dtype),
+        tiled((2, groups, *place), dtype),
+        tiled((plan.stages, groups, 4, *place), kept),
+        tiled((groups, *place), jnp.float32),
+        tiled((groups, *place), dtype),
+    ]
+    if keep:
+        out_type.append(jax.ShapeDtypeStruct((steps, filled, size), jnp.float32))
+        scratch.append(tiled((groups, 4, *place), kept))
+    scratch += [
+        plgpu.Barrier(num_arrivals=4 * groups + 2, num_barriers=groups),
+        plgpu.Barrier(num_arrivals=4, num_barriers=groups * plan.stages),
+        plgpu.Barrier(num_arrivals=groups, num_barriers=1),
+    ]
+    operands = [weights, c, h, tile_ends(lengths, plan.rows)]
+    operands.append(lengths.reshape(-1, plan.rows))
+    if resets.size:
+        operands.append(tile_resets(resets, filled, plan.rows))
+    run = compat.kernel(
+        partial(
+            body,
+            plan=plan,
+            reverse=reverse,
+            keep=keep,
+            cuts=bool(resets.size),
+            plain=Registers.of(interpret).plain,
+        ),
+        out_type=out_type,
+        scratch_types=scratch,
+        interpret=interpret,
+        name="flax_lstm_forward",
+        approx_math=dtype.itemsize == 2,
+        grid=(filled // plan.rows,),
+        grid_names=("tile",),
+        num_threads=groups,
+        thread_name="group",
+    )
+    if not keep:
+        hs, c, h = run(gates, *operands)
+        empty = jnp.zeros((0, 0, 4, size), kept)
+        return hs, c, h, empty, jnp.zeros((0, 0, size), jnp.float32)
+    in_place = jax.new_ref(gates, memory_space=plgpu.GMEM)
+    hs, c, h, before = run(in_place, *operands)
+    return hs, c, h, jax.freeze(in_place), before
