@@ -9,7 +9,6 @@ Costs    Of all kernels that one call runs: registers of a thread and KiB of sha
          sum; instructions of the time loop (`sass.py`), the longest.
 """
 
-import importlib
 import os
 import re
 import subprocess
@@ -77,11 +76,30 @@ def sharding(target: str) -> Any:
 
 
 def compiled(case: Case, place: Any, dump: Path) -> dict[str, Any]:
-    """Compiles one case; returns its costs."""
-    name = case.kernel.split()[0]
-    module = importlib.import_module(f"flax_lstm_kernels.gpu.{name}")
-    lowered(case, module, place).compile()
-    return costs(dump)
+    """Compiles one case, by the plan of its kernel; returns plan and costs.
+
+    Raises:
+      NotImplementedError: If the kernel cannot run at these sizes.
+    """
+    import jax.numpy as jnp
+    from flax_lstm_kernels import gpu
+    from flax_lstm_kernels.gpu.plan import PLANNERS, Sizes
+
+    backward = case.computes == "backward"
+    sizes = Sizes(
+        "backward" if backward else "forward",
+        case.T,
+        case.B,
+        case.H,
+        jnp.dtype(case.dtype).itemsize,
+        keep=case.computes != "inference",
+    )
+    plan = PLANNERS[case.kernel.split()[0]](sizes)
+    if isinstance(plan, str):
+        raise NotImplementedError(plan)
+    lowered(case, gpu, place, plan=plan).compile()
+    text = " ".join(f"{name}={value}" for name, value in plan._asdict().items())
+    return {"plan": text} | costs(dump)
 
 
 def costs(dump: Path) -> dict[str, Any]:

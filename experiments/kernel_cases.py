@@ -5,13 +5,13 @@ To add a kernel, or a shape of one, add a row to `TPU` or `HOPPER` below, run
 `kernels/budgets.csv` with it. The first word or two of a row say what is called:
 
     forward, backward      functions of `flax_lstm_kernels.tpu`
-    NAME forward           `forward` of the module `flax_lstm_kernels.gpu.NAME`, with
-                           `keep=True`: what training runs
+    NAME forward           `flax_lstm_kernels.gpu.forward` with `keep=True`, what
+                           training runs, by the plan that `PLANNERS[NAME]` of
+                           `flax_lstm_kernels.gpu.plan` makes
     NAME inference         the same with `keep=False`
-    NAME backward          `backward` of that module
+    NAME backward          `flax_lstm_kernels.gpu.backward`, likewise
 
-All are called with the arguments of the functions of `flax_lstm_kernels.gpu`, lengths
-and resets included.
+All are called with lengths and resets.
 
 Axes     T time, B batch, I input size, H hidden size, G = 4H.
 """
@@ -85,6 +85,9 @@ def lowered(case: Case, module: Any, sharding: Any, **options: Any) -> Any:
         keep = case.computes != "inference"
         return module.forward(*arrays, reverse=False, keep=keep, **options)
 
+    def chosen(*arrays: Any) -> Any:
+        return module.forward(*arrays, reverse=False, keep=True)
+
     def backward(*arrays: Any) -> Any:
         return module.backward(*arrays, reverse=False, **options)
 
@@ -98,6 +101,6 @@ def lowered(case: Case, module: Any, sharding: Any, **options: Any) -> Any:
         return jax.jit(forward).lower(*arguments)
     # The forward decides in which dtype it keeps.
     hs, *_, gates, before = (
-        like(*of.shape, dtype=of.dtype) for of in jax.eval_shape(forward, *arguments)
+        like(*of.shape, dtype=of.dtype) for of in jax.eval_shape(chosen, *arguments)
     )
     return jax.jit(backward).lower(hs, c, c, gates, before, recurrent_kernel, *masks)
