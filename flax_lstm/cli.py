@@ -4,8 +4,8 @@ Results go to the standard output, messages and live progress to the standard er
 JAX and the data libraries are imported by the commands that need them, after the
 arguments have been found right.
 
-Exit codes: 0 all done and on disk; 1 the run failed; 2 wrong usage or input;
-130 interrupted; 141 nobody reads the output any more; 143 terminated.
+Exit codes: 0 all done and on disk; 1 the run failed; 2 wrong usage or input; 129 the
+terminal hung up; 130 interrupted; 141 nobody reads the output any more; 143 terminated.
 """
 
 import importlib.metadata
@@ -33,22 +33,27 @@ from flax_lstm.commands.arguments import (
     Trace,
     Train,
 )
+from flax_lstm.commands.signals import exit_code
 from flax_lstm.commands.terminal import (
     FAILED,
     INTERRUPTED,
-    TERMINATED,
     UNREAD,
     USAGE,
     Screen,
     say,
 )
-from flax_lstm.commands.training import DEMO_TEXTS, Terminated, train
+from flax_lstm.commands.training import DEMO_TEXTS, train
 from flax_lstm.config import PRESETS, Config, UserError
 from flax_lstm.environment import use_compilation_cache
 from flax_lstm.host_memory import keep_freed_memory
 from flax_lstm.startup import process_start
+from flax_lstm.stopping import Stopped
 
 __all__ = ["DEMO_TEXTS", "Train", "execute", "main", "parse"]
+
+
+SIGNALS = {1: "hung up", 2: "interrupted", 15: "terminated"}
+"""What a signal that ends a run did, in a word."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted.")
         return INTERRUPTED
-    except Terminated:
-        say("terminated.")
-        return TERMINATED
+    except Stopped as stopped:
+        say(f"{SIGNALS.get(stopped.reason, 'stopped')}: {stopped}.")
+        return exit_code(stopped.reason)
     except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
         return _failed(error, FAILED, debug)
     return 0

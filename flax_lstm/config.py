@@ -144,6 +144,11 @@ class TrainConfig:
       patience: Epochs without a better validation accuracy, or an equal one with a
         lower loss, before training stops early.
       test_with: The checkpoint that is tested at the end.
+      save_every: Steps between checkpoints within an epoch; there is one at the end
+        of each epoch anyway.
+      save_minutes: Minutes after which a checkpoint is made within an epoch.
+      skip_nonfinite: Leave out, and count, the steps whose loss or gradient is not
+        finite, instead of stopping there.
       parallel: `jit`: one device, or the mesh where there is one or there are several
         processes. `sharded`: `jax.jit` over a mesh of all devices. `pmap`: `jax.pmap`
         over the devices of one process.
@@ -169,6 +174,9 @@ class TrainConfig:
     carry_state: bool = False
     patience: int | None = 3
     test_with: Literal["best", "last"] = "best"
+    save_every: int | None = None
+    save_minutes: float | None = 10.0
+    skip_nonfinite: bool = False
     parallel: Literal["jit", "pmap", "sharded"] = "jit"
     mesh: str | None = None
     gradient_accumulation: int = 1

@@ -3,6 +3,10 @@
 The device is never waited for in the middle of an epoch: the numbers of a step are
 read when two more steps have been handed to it. They are all read before a checkpoint
 is written, so that no step that met a NaN is ever saved.
+
+A checkpoint may be made after any step. What follows from there is decided by the state
+and the progress that it holds: the order of an epoch is a function of the seed and the
+epoch, dropout of the key and the step.
 """
 
 import collections
@@ -21,63 +25,27 @@ from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config
 from flax_lstm.events import EpochDone, Event, StepDone
 from flax_lstm.folder import write_line
+from flax_lstm.progress import Progress, merit
 from flax_lstm.startup import Startup
-from flax_lstm.train import Program, check_finite, evaluate, reset_carry
+from flax_lstm.stopping import Stop, Stopped
+from flax_lstm.train import (
+    NonFiniteLossError,
+    Program,
+    check_finite,
+    evaluate,
+    nonfinite_leaves,
+    reset_carry,
+)
 
 ARREARS = 2
 """Steps handed to the device before the numbers of an earlier one are read."""
 EVENT_INTERVAL_S = 0.1
 """Least time between two `StepDone`."""
+ROWS_NAMED = 8
+"""Rows of a batch that the message about it names."""
 
 
 @dataclasses.dataclass
-class Progress:
-    """How far a run is: what its checkpoints hold beside the arrays.
-
-    Attributes:
-      epoch: Epochs done.
-      best_epoch: Epoch of the best validation accuracy; None before the first.
-      best_accuracy: That accuracy; None likewise.
-      best_loss: Its validation loss, which decides between equal accuracies.
-      history: The record of each epoch, as in `metrics.jsonl`.
-    """
-
-    epoch: int = 0
-    best_epoch: int | None = None
-    best_accuracy: float | None = None
-    best_loss: float | None = None
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-    def note(self, accuracy: float | None, loss: float | None) -> bool:
-        """Counts one more epoch; says whether it is the best until now.
-
-        The best has the highest validation accuracy, of equals the lowest validation
-        loss, of equals again it is the first.
-        """
-        self.epoch += 1
-        if accuracy is None or loss is None:
-            return True
-        best = (self.best_accuracy, -(self.best_loss or 0.0))
-        if best[0] is not None and (accuracy, -loss) <= best:
-            return False
-        self.best_epoch, self.best_accuracy = self.epoch, accuracy
-        self.best_loss = loss
-        return True
-
-    def wait_share(self) -> float:
-        """Returns the share of all training time that was spent waiting for input."""
-        seconds = sum(record["seconds"] for record in self.history)
-        waited = sum(one["wait_share"] * one["seconds"] for one in self.history)
-        return waited / seconds if seconds else 0.0
-
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Says whether `patience` epochs have passed since the best one."""
-        if patience is None or self.best_epoch is None:
-            return False
-        return self.epoch - self.best_epoch >= patience
-
-
-@dataclasses.dataclass(frozen=True)
 class Trainer:
     """What the loop needs beside the state that it changes.
 
@@ -92,6 +60,7 @@ class Trainer:
       on_event: Is told of steps and epochs.
       meta: Saved with each checkpoint beside the progress.
       startup: Is told of every step handed over.
+      stop: Whether the run is asked to stop.
       clock: Tells the time in seconds.
     """
 
@@ -105,53 +74,44 @@ class Trainer:
     on_event: Callable[[Event], None]
     meta: dict[str, Any]
     startup: Startup
+    stop: Stop = dataclasses.field(default_factory=Stop)
     clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        self._began = self._reported = self._saved = self.clock()
+        self._saved_step = -1
+        self._tokens = 0
 
     def run(self, state: Any, progress: Progress) -> Any:
         """Trains until the last epoch or until patience is out; returns the state.
 
         Args:
-          state: A placed training state; donated.
-          progress: Changed in place.
+          state: A placed training state, as the newest checkpoint has it; donated.
+          progress: Likewise; changed in place.
 
         Raises:
-          NonFiniteLossError: If a loss or a gradient is not finite. Nothing is saved
-            of that epoch.
+          NonFiniteLossError: If a loss, a gradient or a parameter is not finite.
+            Nothing is saved of what came after the last checkpoint.
+          Stopped: If `stop` was asked; all steps taken are saved.
         """
         training = self.config.training
-        began, tokens = self.clock(), 0
+        self._began = self._reported = self._saved = self.clock()
+        self._saved_step = self._step(progress)
         while progress.epoch < training.epochs and not progress.out_of_patience(
             training.patience
         ):
-            state, done = self._train_epoch(
-                reset_carry(state), progress.epoch + 1, began, tokens
-            )
-            tokens += done["tokens"]
-            start = self.clock()
-            validation = self.evaluate(state, "validation")
-            loss = accuracy = None
-            if validation is not None:
-                loss, accuracy = validation["loss"], validation["accuracy"]
-            record = EpochDone(
-                **done,
-                validation_loss=loss,
-                validation_accuracy=accuracy,
-                best=progress.note(accuracy, loss),
-                validation_seconds=self.clock() - start,
-            )
-            progress.history.append(dataclasses.asdict(record))
-            self.checkpoints.save(
-                record.step,
-                self.program.fetch(state),
-                {**self.meta, "progress": dataclasses.asdict(progress)},
-                metric=merit(progress.epoch, accuracy, loss),
-            )
-            write_line(self.metrics_file, progress.history[-1])
-            self.on_event(record)
+            if not progress.tally.steps:
+                state = reset_carry(state)
+            state = self._train_epoch(state, progress)
+            self._end_epoch(state, progress)
         return state
 
     def evaluate(self, state: Any, part: str) -> dict[str, float] | None:
-        """Evaluates a placed state on a part; None where the part has no rows."""
+        """Evaluates a placed state on a part; None where the part has no rows.
+
+        Raises:
+          Stopped: If `stop` was asked; nothing was changed.
+        """
         examples = self.corpus.parts.get(part)
         if examples is None or not len(examples):
             return None
@@ -160,127 +120,206 @@ class Trainer:
         )
         placed = data.prefetch(source, place=self.program.place_batch)
         carry = reset_carry(state).carry
-        return evaluate(self.program.eval_step, state.params, placed, carry=carry)
+        with contextlib.closing(placed):
+            return evaluate(
+                self.program.eval_step,
+                state.params,
+                self._until_stopped(placed),
+                carry=carry,
+            )
 
-    def _train_epoch(
-        self, state: Any, epoch: int, began: float, tokens_before: int
-    ) -> tuple[Any, dict[str, Any]]:
-        """Trains one epoch; returns the state and the training fields of EpochDone."""
-        training = self.config.training
+    def _until_stopped(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            if self.stop.reason is not None:
+                raise Stopped(self.stop.reason)
+            yield batch
+
+    def _train_epoch(self, state: Any, progress: Progress) -> Any:
+        """Trains what is left of an epoch; counts in the tally of `progress`."""
+        tally = progress.tally
         sizes: collections.deque[int] = collections.deque()
+        pending: collections.deque[Any] = collections.deque()
         source = data.batches(
             self.corpus.parts["train"],
             self.lengths,
             self.config.data,
-            seed=training.seed,
-            epoch=epoch,
+            seed=self.config.training.seed,
+            epoch=progress.epoch + 1,
+            start=tally.steps,
         )
         prefetched = data.prefetch(
             counted(source, sizes), place=self.program.place_batch
         )
-        tally = Tally()
-        pending: collections.deque[Any] = collections.deque()
-        start = last_event = self.clock()
-        waited, tokens, handed = 0.0, 0, 0
+        last = self.clock()
 
-        def read() -> None:
-            nonlocal last_event
-            metrics = jax.device_get(pending.popleft())
-            step = (epoch - 1) * self.batches + tally.steps + 1
-            if not metrics["finite"]:
-                self.checkpoints.wait()
-                check_finite(metrics, step, max(self.checkpoints.steps(), default=None))
-            tally.add(metrics)
+        def read(left: int) -> None:
+            nonlocal last
+            while len(pending) > left:
+                self._read(jax.device_get(pending.popleft()), progress)
             now = self.clock()
-            if now - last_event >= EVENT_INTERVAL_S or tally.steps == self.batches:
-                last_event = now
-                self.checkpoints.poll()
-                self.on_event(
-                    StepDone(
-                        epoch,
-                        training.epochs,
-                        tally.steps,
-                        self.batches,
-                        tally.loss,
-                        tally.accuracy_sum / tally.count,
-                        tally.learning_rate,
-                        tokens_before + tokens,
-                        now - began,
-                    )
-                )
+            tally.seconds += now - last
+            last = now
 
         with contextlib.closing(prefetched):
             while True:
                 asked = self.clock()
                 batch = next(prefetched, None)
-                waited += self.clock() - asked
+                tally.waited += self.clock() - asked
                 if batch is None:
                     break
-                tokens += sizes.popleft()
+                stopped = self.stop.reason is not None
+                if stopped or self._due(self._step(progress) + len(pending)):
+                    read(0)
+                    self._save(state, progress)
+                if stopped:
+                    raise self._stopped(progress)
+                size = sizes.popleft()
+                tally.tokens += size
+                self._tokens += size
                 state, metrics = self.program.step(state, batch)
                 self.startup.first_step()
-                handed += 1
                 pending.append(metrics)
-                if len(pending) > ARREARS:
-                    read()
-        while pending:
-            read()
-        seconds = self.clock() - start
-        return state, {
-            "epoch": epoch,
-            "epochs": training.epochs,
-            "batch": handed,
-            "batches": self.batches,
-            "step": epoch * self.batches,
-            "train_loss": tally.loss,
-            "train_loss_mean": tally.loss_sum / tally.count,
-            "train_accuracy": tally.accuracy_sum / tally.count,
-            "learning_rate": tally.learning_rate,
-            "gradient_norm": tally.gradient_norm,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "seconds": seconds,
-            "wait_share": waited / seconds,
-        }
+                read(ARREARS)
+        read(0)
+        return state
 
+    def _read(self, metrics: dict[str, Any], progress: Progress) -> None:
+        """Counts a step whose numbers have arrived, and tells of it now and then."""
+        tally, training = progress.tally, self.config.training
+        tally.add(metrics)
+        if not (metrics["finite"] or training.skip_nonfinite):
+            self.checkpoints.wait()
+            check_finite(
+                metrics,
+                self._step(progress),
+                max(self.checkpoints.steps(), default=None),
+                self._rows(progress),
+            )
+        now = self.clock()
+        if now - self._reported < EVENT_INTERVAL_S and tally.steps < self.batches:
+            return
+        self._reported = now
+        self.checkpoints.poll()
+        self.on_event(
+            StepDone(
+                epoch=progress.epoch + 1,
+                epochs=training.epochs,
+                batch=tally.steps,
+                batches=self.batches,
+                loss=tally.loss,
+                accuracy=tally.mean(tally.accuracy_sum),
+                learning_rate=tally.learning_rate,
+                tokens=self._tokens,
+                seconds=now - self._began,
+            )
+        )
 
-def merit(epoch: int, accuracy: float | None, loss: float | None) -> float:
-    """Returns one number by which `Progress.note` and checkpoints order epochs alike.
+    def _end_epoch(self, state: Any, progress: Progress) -> None:
+        """Validates, saves, and tells of an epoch whose steps are all read."""
+        tally = progress.tally
+        if tally.skipped == tally.steps:
+            raise NonFiniteLossError(
+                f"all {tally.steps} steps of epoch {progress.epoch + 1} gave a loss or "
+                "a gradient that is not finite, and were skipped: nothing is learned. "
+                "Try a lower learning_rate, or clip_norm."
+            )
+        start = self.clock()
+        try:
+            validation = self.evaluate(state, "validation")
+        except Stopped:
+            self._save(state, progress)
+            raise self._stopped(progress) from None
+        loss = accuracy = None
+        if validation is not None:
+            loss, accuracy = validation["loss"], validation["accuracy"]
+        record = EpochDone(
+            epoch=progress.epoch + 1,
+            epochs=self.config.training.epochs,
+            batch=tally.steps,
+            batches=self.batches,
+            step=self._step(progress),
+            train_loss=tally.loss,
+            train_loss_mean=tally.mean(tally.loss_sum),
+            train_accuracy=tally.mean(tally.accuracy_sum),
+            validation_loss=loss,
+            validation_accuracy=accuracy,
+            best=progress.note(accuracy, loss),
+            learning_rate=tally.learning_rate,
+            gradient_norm=tally.gradient_norm,
+            tokens=tally.tokens,
+            tokens_per_second=tally.tokens / tally.seconds,
+            seconds=tally.seconds,
+            validation_seconds=self.clock() - start,
+            wait_share=tally.waited / tally.seconds,
+            skipped=tally.skipped,
+        )
+        progress.history.append(dataclasses.asdict(record))
+        self._save(state, progress, merit(progress.epoch, accuracy, loss))
+        write_line(self.metrics_file, progress.history[-1])
+        self.on_event(record)
 
-    The loss takes off less than 1e-9, and so decides between equal accuracies only:
-    others differ by one row of the validation part at least. Without validation the
-    last epoch is the best.
+    def _step(self, progress: Progress) -> int:
+        """Returns the number of batches done: the number of a checkpoint."""
+        return progress.epoch * self.batches + progress.tally.steps
 
-    >>> merit(1, 0.75, 0.2) < merit(2, 0.75, 0.1) < merit(3, 0.7501, 9.0)
-    True
-    """
-    if accuracy is None or loss is None:
-        return float(epoch)
-    return accuracy - 1e-9 * loss / (1 + loss)
+    def _due(self, step: int) -> bool:
+        """Says whether a checkpoint is to be made after this step of an epoch."""
+        training = self.config.training
+        if step == self._saved_step:
+            return False
+        if training.save_every is not None and step % training.save_every == 0:
+            return True
+        minutes = training.save_minutes
+        return minutes is not None and self.clock() - self._saved >= 60 * minutes
 
+    def _save(self, state: Any, progress: Progress, metric: float = math.nan) -> None:
+        """Saves a state all of whose steps are read, unless it is on disk already.
 
-@dataclasses.dataclass
-class Tally:
-    """Sums over the steps of an epoch, in float64, and the numbers of the last one."""
+        Raises:
+          NonFiniteLossError: If a parameter is not finite.
+        """
+        step = self._step(progress)
+        meta = {**self.meta, "progress": dataclasses.asdict(progress)}
+        if step == self._saved_step:
+            if not math.isnan(metric):  # saved before the validation, which is done now
+                self.checkpoints.amend(step, meta, metric=metric)
+            return
+        plain = self.program.fetch(state)
+        odd = nonfinite_leaves(
+            {"params": plain.params, "optimizer_state": plain.optimizer_state}
+        )
+        if odd:
+            raise NonFiniteLossError(
+                f"after step {step} there are numbers that are not finite in {odd[0]} "
+                f"and {len(odd) - 1} other arrays, though the loss was finite; that "
+                "state is not saved. Try a lower learning_rate."
+            )
+        self.checkpoints.save(step, plain, meta, metric=metric)
+        self._saved_step, self._saved = step, self.clock()
 
-    steps: int = 0
-    count: float = 0.0
-    loss_sum: float = 0.0
-    accuracy_sum: float = 0.0
-    loss: float = math.nan
-    learning_rate: float = math.nan
-    gradient_norm: float = math.nan
+    def _stopped(self, progress: Progress) -> Stopped:
+        """Returns what ends the run, once what it has done is on disk."""
+        self.checkpoints.wait()
+        assert self.stop.reason is not None
+        total = self.config.training.epochs * self.batches
+        return Stopped(
+            self.stop.reason,
+            f"stopped after step {self._step(progress)} of {total}, which is saved",
+        )
 
-    def add(self, metrics: dict[str, Any]) -> None:
-        """Adds the metrics of one step, on the host."""
-        count = float(metrics["count"])
-        self.steps += 1
-        self.count += count
-        self.loss = float(metrics["loss"])
-        self.loss_sum += self.loss * count
-        self.accuracy_sum += float(metrics["accuracy"]) * count
-        self.learning_rate = float(metrics["learning_rate"])
-        self.gradient_norm = float(metrics["grad_norm"])
+    def _rows(self, progress: Progress) -> str:
+        """Returns in words which texts were in the batch that was read last."""
+        plan = data.batch_plan(
+            self.corpus.parts["train"],
+            self.lengths,
+            self.config.data,
+            seed=self.config.training.seed,
+            epoch=progress.epoch + 1,
+        )
+        rows = sorted(int(row) for row in plan[progress.tally.steps - 1].rows)
+        named = ", ".join(str(row) for row in rows[:ROWS_NAMED])
+        more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
+        return f"rows {named}{more} of the training part"
 
 
 def counted(source: Iterator[Any], sizes: collections.deque[int]) -> Iterator[Any]:

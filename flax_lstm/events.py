@@ -24,7 +24,8 @@ class RunStarted:
       batches: Training batches of an epoch.
       parameters: Number of trained numbers.
       devices: Names of the devices used.
-      first_epoch: 1, or the epoch after the one resumed from.
+      first_epoch: 1, or the epoch that is gone on with.
+      first_batch: 1, or the batch of it that is gone on with.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class RunStarted:
     parameters: int
     devices: tuple[str, ...]
     first_epoch: int
+    first_batch: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ class EpochDone:
       seconds: Training, without validation.
       validation_seconds: Validation.
       wait_share: Share of the training time spent waiting for the next batch.
+      skipped: Steps that were left out, their numbers not being finite.
     """
 
     epoch: int
@@ -107,6 +110,7 @@ class EpochDone:
     seconds: float
     validation_seconds: float
     wait_share: float
+    skipped: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,7 @@ class Finished:
       startup_compile_seconds: What of that XLA took to compile, or to read compiled
         programs from disk; None likewise.
       wait_share: Share of the training time spent waiting for the next batch.
+      skipped_steps: Steps that were left out, their numbers not being finite.
     """
 
     folder: Path
@@ -138,6 +143,7 @@ class Finished:
     startup_seconds: float | None
     startup_compile_seconds: float | None
     wait_share: float
+    skipped_steps: int = 0
 
 
 Event = RunStarted | StepDone | EpochDone | Finished

@@ -2,18 +2,28 @@
 
 import ctypes
 import os
+import resource
 import sys
 
 # mallopt(3), from malloc.h of glibc.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
 
 
+class OutOfMemoryError(MemoryError):
+    """There is not enough memory for the settings of a run."""
+
+
 def machine_bytes() -> int | None:
-    """Returns the size of the main memory; None where the system does not tell."""
+    """Returns the memory that this process may have: the machine's, or its limit.
+
+    None where the system does not tell.
+    """
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there_is = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     except (AttributeError, ValueError, OSError):
         return None
+    return there_is if limit == resource.RLIM_INFINITY else min(limit, there_is)
 
 
 def keep_freed_memory() -> bool:

@@ -77,19 +77,32 @@ def describe(template: Any) -> tuple[dict[str, Leaf], tuple[list, Any]]:
 
 
 def to_host(state: Any) -> tuple[dict[str, np.ndarray], dict[str, Leaf]]:
-    """Copies every leaf to the host, by name, and describes it."""
+    """Copies every leaf to the host, by name, and describes it but for its digest."""
     arrays, leaves = {}, {}
     for name, leaf in named_leaves(state):
         key = str(leaf.dtype) if is_key(leaf) else None
         # A copy: nothing the caller does can reach what the background still writes.
         array = np.array(jax.random.key_data(leaf) if key else leaf)
         arrays[name] = array
-        leaves[name] = Leaf(array.shape, str(array.dtype), key, digest(array))
+        leaves[name] = Leaf(array.shape, str(array.dtype), key)
     return arrays, leaves
 
 
-def place(array: np.ndarray, leaf: Leaf, like: Any) -> Any:
-    """Turns a stored array into the kind of leaf the template has, on its devices."""
+def with_digest(leaf: Leaf, array: np.ndarray) -> Leaf:
+    """Returns the description of an array with its digest."""
+    return dataclasses.replace(leaf, sha256=digest(array))
+
+
+def place(array: np.ndarray, leaf: Leaf, like: Any, dtype: str) -> Any:
+    """Turns a stored array into the kind of leaf the template has, on its devices.
+
+    Args:
+      array: As it was stored.
+      leaf: What is known of it.
+      like: The template's leaf.
+      dtype: To convert the numbers to; mostly they have it already.
+    """
+    array = array.astype(jnp.dtype(dtype), copy=False)
     if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
         return array
     value: Any = jnp.array(array)

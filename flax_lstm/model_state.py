@@ -48,9 +48,16 @@ def state_template(config: Config, init: Callable[..., Any]) -> TrainState:
 
 
 def restore(
-    checkpoints: Checkpoints, template: TrainState, config: Config
+    checkpoints: Checkpoints, template: TrainState, config: Config, **how: Any
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Restores the checkpoint that the configuration wants tested."""
+    """Restores the checkpoint that the configuration wants tested.
+
+    Args:
+      checkpoints: Of the run.
+      template: From `state_template`.
+      config: Configuration of the run.
+      how: `check` and `cast_dtype` of `Checkpoints.restore_last`.
+    """
     if config.training.test_with == "best":
-        return checkpoints.restore_best(template)
-    return checkpoints.restore_last(template)
+        return checkpoints.restore_best(template, **how)
+    return checkpoints.restore_last(template, **how)

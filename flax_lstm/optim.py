@@ -229,7 +229,9 @@ def update(
       apply_if: Where false, everything stays as it is.
     """
     if optimizer.clip_norm is not None:
-        scale = jnp.minimum(1.0, optimizer.clip_norm / norm)
+        # Divides only where there is something to divide by: 0 / 0 is no scale.
+        large = norm > optimizer.clip_norm
+        scale = jnp.where(large, optimizer.clip_norm / jnp.where(large, norm, 1.0), 1.0)
         gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
     if used is None:
         return _updated(optimizer, params, state, gradients, apply_if)

@@ -29,11 +29,12 @@ WINDOW_S = 20.0
 def epoch_line(event: EpochDone) -> str:
     """Returns one epoch in the tutorial's format."""
     accuracy = event.validation_accuracy
+    skipped = f" Skipped: {event.skipped}" if event.skipped else ""
     return (
         f"Epoch: {event.epoch}/{event.epochs} Batch: {event.batch}/{event.batches} "
         f"Train Loss: {event.train_loss:.3f} "
         f"Train Accuracy: {event.train_accuracy:.3f} "
-        f"Val Accuracy: {'none' if accuracy is None else f'{accuracy:.3f}'}"
+        f"Val Accuracy: {'none' if accuracy is None else f'{accuracy:.3f}'}{skipped}"
     )
 
 
@@ -155,7 +156,11 @@ def start_lines(event: RunStarted) -> list[str]:
         f"Model: {event.parameters:,} parameters, LSTM layers "
         f"{', '.join(map(str, model.features))}; on {', '.join(event.devices)}",
     ]
-    if event.first_epoch > 1:
+    if event.first_batch > 1:
+        lines.append(
+            f"Resumed in epoch {event.first_epoch}, after batch {event.first_batch - 1}"
+        )
+    elif event.first_epoch > 1:
         lines.append(f"Resumed after epoch {event.first_epoch - 1}")
     return lines
 
@@ -172,6 +177,11 @@ def finish_lines(event: Finished) -> list[str]:
             f"First step after {event.startup_seconds:.1f} s, of which compilation "
             f"{event.startup_compile_seconds:.1f} s; input wait "
             f"{event.wait_share:.1%} of the training time."
+        )
+    if event.skipped_steps:
+        lines.append(
+            f"Skipped {event.skipped_steps:,} steps whose loss or gradient was not "
+            "finite."
         )
     return lines
 

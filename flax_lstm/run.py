@@ -15,8 +15,10 @@ need nothing else, `evaluate` reads the data again from where it was.
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 
@@ -25,18 +27,24 @@ from flax_lstm import folder as files
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config, UserError
 from flax_lstm.environment import use_compilation_cache
-from flax_lstm.epochs import Progress, Trainer
+from flax_lstm.epochs import Trainer
 from flax_lstm.events import EpochDone, Event, Finished, RunStarted, StepDone
+from flax_lstm.host_memory import OutOfMemoryError
 from flax_lstm.mesh import model_over_mesh
 from flax_lstm.model_state import classifier, initial_state, restore, state_template
+from flax_lstm.progress import Progress
 from flax_lstm.settings import (
+    check_checkpoint,
     check_same_config,
     check_same_data,
     check_settings,
+    check_steps,
+    memory_errors,
     recorded_config,
     with_absolute_paths,
 )
 from flax_lstm.startup import Startup
+from flax_lstm.stopping import Stop, Stopped
 from flax_lstm.train import make_optimizer, parallelize
 from flax_lstm.trained import Prediction, Run
 
@@ -44,10 +52,13 @@ __all__ = [
     "EpochDone",
     "Event",
     "Finished",
+    "OutOfMemoryError",
     "Prediction",
     "Run",
     "RunStarted",
     "StepDone",
+    "Stop",
+    "Stopped",
     "train",
     "use_compilation_cache",
 ]
@@ -57,8 +68,10 @@ def train(
     config: Config,
     folder: str | Path | None = None,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
+    cast_dtype: bool = False,
     on_event: Callable[[Event], None] | None = None,
+    stop: Stop | None = None,
     started: float | None = None,
 ) -> Run:
     """Trains, saves, restores what it saved, and tests it.
@@ -69,8 +82,12 @@ def train(
       resume: Goes on from the newest intact checkpoint in `folder`, exactly: the
         parameters at the end are those of a run that was never interrupted. The
         configuration must be the recorded one, but `epochs` may grow; a schedule is
-        then stretched over the new number from where the run goes on.
+        then stretched over the new number from where the run goes on. "auto" does so
+        where the folder holds a run, and starts one elsewhere.
+      cast_dtype: With `resume`: `model.dtype` may be another, and the numbers of the
+        checkpoint are converted.
       on_event: Called with each event of `flax_lstm.events`.
+      stop: Makes the run save, and raise `Stopped`, at the step after it was asked.
       started: When the time to the first step starts to count, by
         `time.perf_counter`; now when None.
 
@@ -82,6 +99,8 @@ def train(
         holds a run (or none, with `resume`), or one that another process writes.
       NonFiniteLossError: If a loss is not finite; earlier checkpoints stay.
       CheckpointError: If a checkpoint cannot be written or read.
+      OutOfMemoryError: If there is not enough memory for these settings.
+      Stopped: If `stop` was asked.
     """
     startup = Startup(time.perf_counter() if started is None else started)
     check_settings(config)
@@ -92,75 +111,95 @@ def train(
         name = Path(config.data.data).stem or "run"
         folder = files.unused(Path("runs"), name)
     folder = Path(folder).resolve()
+    if resume == "auto":
+        resume = files.holds_run(folder)
     if resume and not files.holds_run(folder):
         raise UserError(
             f"nothing to resume: {folder} holds no run (no {files.CONFIG}); start one "
             "there without --resume."
         )
-    with files.writing(folder):
+    with files.writing(folder), memory_errors(config):
         if resume:
-            check_same_config(recorded_config(folder), config, folder)
+            check_same_config(
+                recorded_config(folder).to_dict(),
+                config,
+                f"the run in {folder}",
+                cast_dtype,
+            )
         elif files.holds_run(folder):
             raise UserError(
                 f"{folder} already holds a run; continue it with --resume, or give "
                 "another folder. Nothing was changed."
             )
-        return _train(config, folder, resume, on_event or (lambda event: None), startup)
+        return _train(
+            config,
+            folder,
+            resume,
+            cast_dtype,
+            on_event or (lambda event: None),
+            stop or Stop(),
+            startup,
+        )
 
 
 def _train(
     config: Config,
     folder: Path,
     resume: bool,
+    cast_dtype: bool,
     on_event: Callable[[Event], None],
+    stop: Stop,
     startup: Startup,
 ) -> Run:
     """Trains with the folder's lock held."""
     corpus = data.load(config.data, config.training.seed)
-    if resume:
-        recorded = files.read_json(folder / files.SUMMARY)
-        check_same_data(recorded["data"], corpus.summary, folder)
-    lengths = corpus.bucket_lengths
-    batches = data.batch_count(corpus.parts["train"], lengths, config.data)
-    model = model_over_mesh(config.model, config.training.mesh)
-    init, apply = classifier(model, corpus.tokenizer.vocabulary_size)
-    optimizer = make_optimizer(config.training, batches * config.training.epochs)
-    program = parallelize(apply, optimizer, config.training)
-    template = state_template(config, init)
-    summary = {
-        "data": corpus.summary,
-        "label_names": list(corpus.label_names),
-        "tokenizer": corpus.tokenizer.fingerprint(),
-        "batches": batches,
-        "parameters": sum(math.prod(p.shape) for p in jax.tree.leaves(template.params)),
-        "result": None,
-    }
     with Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
+        resume = resume and _has_begun(folder, checkpoints)
+        recorded = files.read_json(folder / files.SUMMARY) if resume else {}
+        cast_dtype = cast_dtype or recorded.get("cast_dtype", False)
+        if resume:
+            check_same_data(recorded["data"], corpus.summary, folder)
+        lengths = corpus.bucket_lengths
+        batches = data.batch_count(corpus.parts["train"], lengths, config.data)
+        check_steps(config, batches)
+        model = model_over_mesh(config.model, config.training.mesh)
+        init, apply = classifier(model, corpus.tokenizer.vocabulary_size)
+        optimizer = make_optimizer(config.training, batches * config.training.epochs)
+        program = parallelize(apply, optimizer, config.training)
+        template = state_template(config, init)
+        tokenizer = corpus.tokenizer.fingerprint()
+        summary = {
+            "data": corpus.summary,
+            "label_names": list(corpus.label_names),
+            "tokenizer": tokenizer,
+            "batches": batches,
+            "parameters": sum(
+                math.prod(p.shape) for p in jax.tree.leaves(template.params)
+            ),
+            "cast_dtype": cast_dtype,
+            "result": None,
+        }
+        how = {
+            "check": lambda meta: check_checkpoint(
+                meta, config, tokenizer, folder, cast_dtype
+            ),
+            "cast_dtype": cast_dtype,
+        }
         progress = Progress()
         if resume:
-            if not checkpoints.steps():
-                raise UserError(
-                    f"nothing to resume: no checkpoint was saved in {folder}; start "
-                    "again in another folder."
-                )
-            state, meta = checkpoints.restore_last(template)
-            progress = Progress(**meta["progress"])
+            state, meta = checkpoints.restore_last(template, **how)
+            progress = Progress.from_dict(meta["progress"])
         else:
-            corpus.tokenizer.save(folder / files.TOKENIZER)
             state = initial_state(config, init, jax.random.key(config.training.seed))
+        # First what makes this the folder of a run: whatever ends the process from
+        # here on, the same command can be given again.
+        files.write_json(folder / files.CONFIG, config.to_dict())
+        corpus.tokenizer.save(folder / files.TOKENIZER)
         files.write_json(
             folder / files.ENVIRONMENT, environment.describe(program.devices)
         )
         files.write_json(folder / files.SUMMARY, summary)
-        files.write_json(folder / files.CONFIG, config.to_dict())
-        meta = {"tokenizer": summary["tokenizer"]}
-        if not resume:  # so that a run can be resumed from its first moment on
-            checkpoints.save(
-                0,
-                state,
-                {**meta, "progress": dataclasses.asdict(progress)},
-                metric=math.nan,
-            )
+        meta = {"tokenizer": tokenizer, "config": config.to_dict()}
         on_event(
             RunStarted(
                 folder=folder,
@@ -171,10 +210,14 @@ def _train(
                 parameters=summary["parameters"],
                 devices=tuple(d.device_kind for d in program.devices),
                 first_epoch=progress.epoch + 1,
+                first_batch=progress.tally.steps + 1,
             )
         )
         began = time.perf_counter()
-        with open(folder / files.METRICS, "w", encoding="utf-8") as metrics_file:
+        with (
+            open(folder / files.METRICS, "w", encoding="utf-8") as metrics_file,
+            stop.deferred(),
+        ):
             for record in progress.history:
                 files.write_line(metrics_file, record)
             trainer = Trainer(
@@ -188,11 +231,18 @@ def _train(
                 on_event=on_event,
                 meta=meta,
                 startup=startup,
+                stop=stop,
             )
+            if not resume:  # so that there is one to go on from, whatever comes
+                checkpoints.save(
+                    0, state, {**meta, "progress": dataclasses.asdict(progress)}
+                )
             placed = trainer.run(program.place_state(state), progress)
+            checkpoints.wait()
         del placed
+        stop.check()
         # What is tested is what is on disk.
-        state, meta = restore(checkpoints, template, config)
+        state, meta = restore(checkpoints, template, config, **how)
         test = trainer.evaluate(program.place_state(state), "test")
         finished = Finished(
             folder=folder,
@@ -205,6 +255,7 @@ def _train(
             startup_seconds=startup.seconds,
             startup_compile_seconds=startup.compile_seconds,
             wait_share=progress.wait_share(),
+            skipped_steps=progress.skipped(),
         )
     result = {
         name: value
@@ -223,3 +274,31 @@ def _train(
         lengths=lengths,
         params=state.params,
     )
+
+
+class ResumeWarning(UserWarning):
+    """A run is resumed from its beginning."""
+
+
+def _has_begun(folder: Path, checkpoints: Checkpoints) -> bool:
+    """Says whether there is a checkpoint to go on from; warns where there is none.
+
+    Raises:
+      UserError: If there was one, and it is gone.
+    """
+    if checkpoints.steps():
+        return True
+    metrics = folder / files.METRICS
+    if metrics.exists() and metrics.stat().st_size:
+        raise UserError(
+            f"nothing to resume: {checkpoints.folder} holds no checkpoint, though "
+            f"{metrics} tells of epochs; put the checkpoints back, or start again in "
+            "another folder."
+        )
+    warnings.warn(
+        f"the run in {folder} was ended before its first checkpoint; it starts from "
+        "the beginning.",
+        ResumeWarning,
+        stacklevel=2,
+    )
+    return False

@@ -1,7 +1,9 @@
 """What a run may ask for: settings in their range, and on resumption the same ones."""
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 
 from flax_lstm import folder as files
 from flax_lstm.config import Config, UserError
-from flax_lstm.host_memory import machine_bytes
+from flax_lstm.host_memory import OutOfMemoryError, machine_bytes
 
 TOPOLOGY = ("parallel", "mesh", "gradient_accumulation")
 """What a resumed run may change: where it computes, which changes rounding alone."""
@@ -42,19 +44,66 @@ def with_absolute_paths(config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
 
 
-def check_same_config(recorded: Config, asked: Config, folder: Path) -> None:
-    """Raises UserError where a run would be resumed with other settings."""
-    for section, settings in recorded.to_dict().items():
-        for name, old in settings.items():
-            new = getattr(getattr(asked, section), name)
-            if new == old or name in TOPOLOGY or (name == "epochs" and new > old):
+MAY_CHANGE = {"save_every", "save_minutes", "skip_nonfinite", *TOPOLOGY}
+"""Settings that may be others when a run goes on."""
+
+
+def check_same_config(
+    recorded: dict[str, Any], asked: Config, where: str, cast_dtype: bool = False
+) -> None:
+    """Raises UserError where a run would be gone on with under other settings.
+
+    Args:
+      recorded: The settings it was made with, as `Config.to_dict` gives them; those
+        that are not there have their default.
+      asked: What is asked for now.
+      where: What has those settings, for the message: a run or a checkpoint.
+      cast_dtype: Lets the computation dtype be another.
+    """
+    before = Config.from_dict(recorded).to_dict()
+    for section, settings in asked.to_dict().items():
+        for name, new in settings.items():
+            old, advice = before[section][name], ""
+            if new == old or name in MAY_CHANGE or (name == "epochs" and new > old):
                 continue
-            why = "; epochs can only grow" if name == "epochs" else ""
+            if name == "epochs":
+                advice = "; epochs can only grow"
+            if name == "dtype":
+                if cast_dtype:
+                    continue
+                advice = "; --cast-dtype converts"
             raise UserError(
-                f"the run in {folder} has {section}.{name} = {old!r}, and was asked to "
-                f"go on with {new!r}{why}. Resume with the recorded setting, or start "
-                "a run in another folder."
+                f"{where} has {section}.{name} = {old!r}, and was asked to go on with "
+                f"{new!r}{advice}. Use the recorded setting, or start a run in another "
+                "folder."
             )
+
+
+def check_checkpoint(
+    meta: dict[str, Any],
+    config: Config,
+    tokenizer: str,
+    folder: Path,
+    cast_dtype: bool = False,
+) -> None:
+    """Raises UserError where a checkpoint is not one of the run it lies in.
+
+    Args:
+      meta: What the checkpoint says of itself.
+      config: The configuration of the run.
+      tokenizer: The fingerprint of the run's tokenizer.
+      folder: Of the run.
+      cast_dtype: Lets the computation dtype be another.
+    """
+    if "config" in meta:  # not in those of the first format
+        where = f"a checkpoint in {folder}"
+        check_same_config(meta["config"], config, where, cast_dtype)
+    if meta["tokenizer"] != tokenizer:
+        raise UserError(
+            f"a checkpoint in {folder} was made with another vocabulary: its tokenizer "
+            f"has fingerprint {meta['tokenizer']}, this run's has {tokenizer}. Put the "
+            "run's own checkpoints or tokenizer back, or train again."
+        )
 
 
 def check_same_data(
@@ -87,6 +136,46 @@ def least_bytes(config: Config) -> int:
     return 4 * (4 * weights + steps * config.data.batch_size * activations)
 
 
+MOST_STEPS = 2**31 - 1
+"""Of a run: its step is an int32, here and in optax."""
+
+
+def check_steps(config: Config, batches: int) -> None:
+    """Raises UserError where a run has more steps than can be counted."""
+    steps = config.training.epochs * batches
+    if steps > MOST_STEPS:
+        raise UserError(
+            f"{config.training.epochs:,} epochs of {batches:,} batches are {steps:,} "
+            f"steps; at most {MOST_STEPS:,} can be counted. Lower training.epochs, or "
+            "raise data.batch_size."
+        )
+
+
+@contextlib.contextmanager
+def memory_errors(config: Config) -> Iterator[None]:
+    """Says which settings to lower where there is not enough memory for them."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        text = str(error)
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+            raise
+        model = config.model
+        raise OutOfMemoryError(
+            f"out of memory ({first_line(text) or 'the system gave no more'}), with "
+            f"data.batch_size {config.data.batch_size}, data.max_length "
+            f"{config.data.max_length}, model.features {model.features} and "
+            f"model.embedding_size {model.embedding_size}. Make one of them smaller; "
+            "checkpoints made until here are kept."
+        ) from error
+
+
+def first_line(text: str, width: int = 120) -> str:
+    """Returns the first line of a text, shortened."""
+    line = (text.strip().splitlines() or [""])[0]
+    return line if len(line) <= width else line[:width] + "…"
+
+
 def check_settings(config: Config) -> None:
     """Raises UserError where a number is outside its range, or the memory's."""
     model, training, source = config.model, config.training, config.data
@@ -101,6 +190,9 @@ def check_settings(config: Config) -> None:
         "model.embedding_size": model.embedding_size,
         "model.features": min(model.features, default=0),
         "training.patience": 1 if training.patience is None else training.patience,
+        "training.save_every": (
+            1 if training.save_every is None else training.save_every
+        ),
     }
     shares = {
         "data.validation_fraction": source.validation_fraction,
@@ -114,6 +206,7 @@ def check_settings(config: Config) -> None:
         "training.weight_decay": training.weight_decay,
         "training.epsilon": training.epsilon,
         "training.clip_norm": training.clip_norm or 0.0,
+        "training.save_minutes": training.save_minutes or 0.0,
         "model.embedding_scale": model.embedding_scale,
     }
     for values, fits, words in (

@@ -19,7 +19,12 @@ from flax_lstm.batching import assemble
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config, DataConfig, UserError
 from flax_lstm.model_state import classifier, initial_carry, restore, state_template
-from flax_lstm.settings import check_same_data, recorded_config, with_absolute_paths
+from flax_lstm.settings import (
+    check_checkpoint,
+    check_same_data,
+    recorded_config,
+    with_absolute_paths,
+)
 from flax_lstm.train import evaluate, make_eval_step
 
 
@@ -87,8 +92,15 @@ class Run:
             )
         init, _ = classifier(config.model, tokenizer.vocabulary_size)
         template = state_template(config, init)
+        cast = summary.get("cast_dtype", False)
+
+        def check(meta: dict[str, Any]) -> None:
+            check_checkpoint(meta, config, summary["tokenizer"], folder, cast)
+
         with Checkpoints(folder / files.CHECKPOINTS, read_only=True) as checkpoints:
-            state, meta = restore(checkpoints, template, config)
+            state, meta = restore(
+                checkpoints, template, config, check=check, cast_dtype=cast
+            )
         return cls(
             folder=folder,
             config=config,

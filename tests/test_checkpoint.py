@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from flax_lstm import checkpoint
+from flax_lstm import manifest
 from flax_lstm.checkpoint import (
     CheckpointError,
     CheckpointMismatchError,
@@ -250,11 +250,11 @@ def test_another_form_is_refused_by_name(tmp_path, change, words):
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 2)
+        patch.setattr(manifest, "FORMAT", 3)
         save(tmp_path, {1: 0.5})
     with (
         Checkpoints(tmp_path, read_only=True) as checkpoints,
-        pytest.raises(CheckpointMismatchError, match=r"format 2; .*up to 1"),
+        pytest.raises(CheckpointMismatchError, match=r"format 3; .*up to 2"),
     ):
         checkpoints.restore_last(template())
 

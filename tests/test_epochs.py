@@ -10,63 +10,10 @@ import pytest
 from flax_lstm import epochs
 from flax_lstm.config import Config
 from flax_lstm.data import Batch
-from flax_lstm.epochs import Progress, Tally, Trainer, counted, merit
+from flax_lstm.epochs import Trainer, counted
+from flax_lstm.progress import Progress
 from flax_lstm.startup import Startup
 from flax_lstm.train import TrainState
-
-
-def test_the_tally_is_the_mean_over_rows_not_over_batches():
-    rng = np.random.default_rng(0)
-    sizes = [16, 16, 3]
-    losses = [rng.random(n) for n in sizes]
-    right = [rng.random(n) < 0.5 for n in sizes]
-    tally = Tally()
-    for loss, hit in zip(losses, right, strict=True):
-        tally.add(
-            {
-                "count": float(len(loss)),
-                "loss": loss.mean(),
-                "accuracy": hit.mean(),
-                "learning_rate": 0.5,
-                "grad_norm": 2.0,
-            }
-        )
-    assert tally.steps == 3
-    np.testing.assert_allclose(
-        tally.loss_sum / tally.count, np.concatenate(losses).mean(), rtol=1e-12
-    )
-    np.testing.assert_allclose(
-        tally.accuracy_sum / tally.count, np.concatenate(right).mean(), rtol=1e-12
-    )
-    assert tally.loss == losses[-1].mean()
-
-
-def test_patience_counts_from_the_first_of_equals():
-    progress, best = Progress(), []
-    for accuracy in (0.5, 0.7, 0.7, 0.6):
-        best.append(progress.note(accuracy, 0.2))
-    assert best == [True, True, False, False]
-    assert (progress.best_epoch, progress.best_accuracy) == (2, 0.7)
-    assert [progress.out_of_patience(n) for n in (None, 3, 2, 1)] == [
-        False,
-        False,
-        True,
-        True,
-    ]
-
-
-def test_the_lower_loss_decides_between_equal_accuracies():
-    """And so do the checkpoints, which know one number of each epoch."""
-    epochs_done = [(0.7, 0.3), (0.7, 0.2), (0.7, 0.2), (0.8, 5.0), (0.7, 0.0)]
-    progress = Progress()
-    got = [progress.note(accuracy, loss) for accuracy, loss in epochs_done]
-    assert got == [True, True, False, True, False]
-    assert (progress.best_epoch, progress.best_loss) == (4, 5.0)
-    merits = [merit(n, *done) for n, done in enumerate(epochs_done)]
-    assert merits[0] < merits[1] == merits[2] < merits[4] < merits[3]
-    million = 1_000_000  # rows, of which one more is right, with the worst of losses
-    assert merit(1, 1 / million, 1e30) > merit(2, 0.0, 0.0)
-    assert merit(7, None, None) == 7.0
 
 
 def test_tokens_are_those_of_the_texts_where_lengths_are_known():
@@ -134,17 +81,9 @@ def test_the_wait_for_input_is_the_share_of_the_epoch(
         startup=startup,
         clock=clock,
     )
-    _, done = trainer._train_epoch(TrainState(0, {}, {}, None), 1, 0.0, 0)
-    assert done["seconds"] == pytest.approx(batches * (to_make + to_train))
-    assert done["wait_share"] == pytest.approx(share, rel=1e-9)
+    progress = Progress()
+    trainer._train_epoch(TrainState(0, {}, {}, None), progress)
+    done = progress.tally
+    assert done.seconds == pytest.approx(batches * (to_make + to_train))
+    assert done.waited / done.seconds == pytest.approx(share, rel=1e-9)
     assert startup.seconds == to_make + to_train
-
-
-def test_the_wait_of_a_run_is_that_of_its_epochs_together():
-    """Half of one second and none of three: an eighth of four."""
-    history = [
-        {"seconds": 1.0, "wait_share": 0.5},
-        {"seconds": 3.0, "wait_share": 0.0},
-    ]
-    assert Progress(history=history).wait_share() == 0.125
-    assert Progress().wait_share() == 0.0

@@ -36,7 +36,7 @@ def test_keys_of_every_generator_come_back_as_they_were(generator):
     arrays, saved = leaves.to_host({"k": key})
     wanted, _ = leaves.describe(jax.eval_shape(lambda: {"k": key}))
     assert saved["k"].form() == wanted["k"].form()
-    back = leaves.place(arrays["k"], saved["k"], key)
+    back = leaves.place(arrays["k"], saved["k"], key, saved["k"].dtype)
     assert back.dtype == key.dtype
     np.testing.assert_array_equal(jax.random.bits(back[0]), jax.random.bits(key[0]))
 

@@ -140,7 +140,8 @@ def test_a_run_stopped_before_its_first_epoch_can_be_resumed(source, tmp_path, t
 
     with pytest.raises(Stop):
         run.train(make_config(source), tmp_path / "run", on_event=interrupt)
-    got = run.train(make_config(source), tmp_path / "run", resume=True)
+    with pytest.warns(run.ResumeWarning, match="starts from the beginning"):
+        got = run.train(make_config(source), tmp_path / "run", resume="auto")
     assert bits(got.params) == bits(trained[0].params)
 
 
@@ -215,12 +216,15 @@ def test_bad_data_leaves_no_folder_behind(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_infinite_loss_stops_the_run_and_spares_the_checkpoints(source, tmp_path):
+def test_an_infinite_loss_stops_the_run_and_spares_the_checkpoints(
+    source, tmp_path, monkeypatch
+):
     """The rate is sane in the first epoch, and then so large that numbers overflow."""
     run.train(make_config(source, epochs=1), tmp_path / "run")
     # The recorded rate is edited, which nobody should: a diverging run in one line.
     path = tmp_path / "run" / "config.json"
     path.write_text(path.read_text().replace(': 0.1,\n    "sch', ': 1e30,\n    "sch'))
+    monkeypatch.setattr(run, "check_checkpoint", lambda *_: None)
     with pytest.raises(NonFiniteLossError) as caught:
         run.train(
             make_config(source, learning_rate=1e30), tmp_path / "run", resume=True
@@ -228,6 +232,8 @@ def test_an_infinite_loss_stops_the_run_and_spares_the_checkpoints(source, tmp_p
     message = str(caught.value)
     assert re.search(r"step (6|7|8), with learning rate 1e\+30", message), message
     assert "last good checkpoint is that of step 4" in message
+    assert re.search(r"rows (\d+, ){7}\d+ and 8 more of the training part", message)
+    path.write_text(path.read_text().replace(": 1e+30", ": 0.1"))
     kept = run.Run.load(tmp_path / "run")
     assert all(np.isfinite(p).all() for p in jax.tree.leaves(kept.params))
     assert len(kept.metrics["epochs"]) == 1

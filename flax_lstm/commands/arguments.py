@@ -44,6 +44,10 @@ class Start:
     """Run folder to create; runs/NAME-1, -2, ... when not given."""
     resume: Flag = False
     """Continue the run in --out, with its settings; --epochs may be raised."""
+    auto_resume: Flag = False
+    """Continue the run in --out if there is one, else start it."""
+    cast_dtype: Flag = False
+    """With --resume: convert the checkpoint to another --dtype."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-FAILED, USAGE, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 130, 141, 143
+FAILED, USAGE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
 class Screen(Console):

@@ -1,19 +1,17 @@
 """`train`: what a person sees of a run, and how it is stopped."""
 
 import contextlib
-import os
 import shlex
-import signal
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from typing import Literal
 
 from rich.console import Console
 
 from flax_lstm import report
 from flax_lstm.commands.answers import show_traces
 from flax_lstm.commands.arguments import Train
-from flax_lstm.commands.terminal import TERMINATED, Screen, near, program, say
+from flax_lstm.commands.signals import listening
+from flax_lstm.commands.terminal import Screen, near, program
 from flax_lstm.config import UserError
 from flax_lstm.events import EpochDone, Event, Finished, RunStarted, StepDone
 
@@ -25,10 +23,6 @@ DEMO_TEXTS = (
 """Shown after a demo run. In each, the order of the words decides."""
 
 
-class Terminated(BaseException):
-    """SIGTERM was received; no `Exception`, so that nothing takes it for an error."""
-
-
 def train(command: Train, started: float | None = None) -> None:
     """Trains, tests, and shows what a person wants to see of it.
 
@@ -38,31 +32,39 @@ def train(command: Train, started: float | None = None) -> None:
     """
     from flax_lstm import run as runs
 
-    if command.resume and command.out is None:
+    resume: bool | Literal["auto"] = "auto" if command.auto_resume else command.resume
+    if resume and command.out is None:
         raise UserError(
-            "--resume needs --out with the folder of the run that it continues."
+            "--resume needs --out with the folder of the run that it continues; so "
+            "does --auto-resume."
         )
+    if command.cast_dtype and not resume:
+        raise UserError("--cast-dtype is for --resume: it converts a checkpoint.")
     out = Screen()
     err = Screen(stderr=True)
     live = report.LiveProgress(out if out.is_terminal else err)
     follow = Follower(out, live, command.quiet)
     shown = contextlib.nullcontext() if command.quiet else live
+    stop = runs.Stop()
     try:
-        with terminating(follow), shown:
+        with listening(stop), shown:
             run = runs.train(
                 command.settings,
                 command.out,
-                resume=command.resume,
+                resume=resume,
+                cast_dtype=command.cast_dtype,
                 on_event=follow,
+                stop=stop,
                 started=started,
             )
-    except (KeyboardInterrupt, Terminated):
-        if follow.folder is not None:
-            say(
-                f"the epochs done are kept; `{program()} train --resume --out "
-                f"{shlex.quote(str(near(follow.folder)))}` goes on."
-            )
-        raise
+    except runs.Stopped as stopped:
+        if follow.folder is None:
+            raise
+        folder = shlex.quote(str(near(follow.folder)))
+        raise runs.Stopped(
+            stopped.reason,
+            f"{stopped}; `{program()} train --resume --out {folder}` goes on",
+        ) from None
     if command.quiet:
         return
     if command.settings.data.data == "demo":
@@ -86,15 +88,12 @@ class Follower:
 
     def __init__(self, out: Console, live: report.LiveProgress, quiet: bool):
         self.out, self.live, self.quiet = out, live, quiet
-        self.terminated = False
         self.folder: Path | None = None
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
         if isinstance(event, RunStarted):
             self.folder = event.folder
-        if self.terminated:
-            raise Terminated
         match event:
             case RunStarted():
                 self._print(*report.start_lines(event))
@@ -114,19 +113,3 @@ class Follower:
         if not self.quiet:
             for line in lines:
                 self.out.print(line, markup=False)
-
-
-@contextlib.contextmanager
-def terminating(follow: Follower) -> Iterator[None]:
-    """Lets SIGTERM stop the run after the batch at hand; a second one, at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if follow.terminated:
-            os._exit(TERMINATED)
-        follow.terminated = True
-
-    previous = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -141,6 +141,7 @@ def test_a_checkpoint_may_not_claim_more_than_the_memory(trained, tmp_path):
     for path in folder.rglob("meta/metadata"):
         record = json.loads(path.read_text())
         record.pop("sha256")
+        record["meta"]["config"] = config.to_dict()
         record["leaves"] = {
             name: {**vars(leaf), "sha256": "0"} for name, leaf in wanted.items()
         }
