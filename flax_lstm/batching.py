@@ -63,11 +63,31 @@ class PlannedBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Encoded texts end to end: row r is `tokens[offsets[r]:offsets[r + 1]]`."""
+    """Encoded texts end to end: row r is `tokens[offsets[r]:offsets[r + 1]]`.
+
+    Raises:
+      ValueError: If the offsets do not cut the tokens into as many rows as there are
+        labels.
+    """
 
     tokens: Int32[np.ndarray, "N"]
     offsets: Int64[np.ndarray, "ends"]
     labels: Float32[np.ndarray, "R"]
+
+    def __post_init__(self) -> None:
+        ends = self.offsets
+        if len(ends) != len(self.labels) + 1:
+            raise ValueError(
+                f"{len(self.labels)} labels need {len(self.labels) + 1} offsets, the "
+                f"last one the end; got {len(ends)}."
+            )
+        if ends[0] != 0 or ends[-1] != len(self.tokens) or np.any(np.diff(ends) < 0):
+            row = int(np.argmin(np.diff(ends))) if len(ends) > 1 else 0
+            raise ValueError(
+                f"offsets must rise from 0 to {len(self.tokens)}, the number of "
+                f"tokens; got {ends[0]} to {ends[-1]}, the shortest row of length "
+                f"{int(np.diff(ends)[row]) if len(ends) > 1 else 0} at row {row}."
+            )
 
     @classmethod
     def from_rows(cls, rows: Sequence[np.ndarray], labels: ArrayLike) -> "Examples":
@@ -94,6 +114,25 @@ class Examples:
     def lengths(self) -> Int64[np.ndarray, "R"]:
         """Number of tokens of each row."""
         return np.diff(self.offsets)
+
+    def check_ids(self, vocabulary_size: int) -> "Examples":
+        """Returns itself, after finding every id in the vocabulary.
+
+        JAX would take the last word's vector, or NaN, for an id beyond it, in silence.
+
+        Raises:
+          ValueError: If an id is negative or `vocabulary_size` or more; names its row.
+        """
+        wrong = (self.tokens < 0) | (self.tokens >= vocabulary_size)
+        if np.any(wrong):
+            place = int(np.argmax(wrong))
+            row = int(np.searchsorted(self.offsets, place, side="right")) - 1
+            raise ValueError(
+                f"token id {self.tokens[place]} in row {row} is outside the vocabulary "
+                f"of {vocabulary_size} words; expected 0 to {vocabulary_size - 1}. Is "
+                "it of another tokenizer?"
+            )
+        return self
 
     def take(self, rows: Int[np.ndarray, "n"]) -> "Examples":
         """Returns the given rows in the given order."""

@@ -99,7 +99,11 @@ def load(
         examples, tokenizer = _encode_parts(counted, picked, config, tokenizer)
     texts = {n: counted[p].texts(rows) for n, (p, rows) in picked.items()}
     cut = {n: int(np.sum(e.lengths > config.max_length)) for n, e in examples.items()}
-    examples = {n: _truncate(e, config.max_length) for n, e in examples.items()}
+    examples = {
+        name: _truncate(e, config.max_length).check_ids(tokenizer.vocabulary_size)
+        for name, e in examples.items()
+    }
+    _check_words(examples["train"], tokenizer, config)
     lengths = padded_lengths(examples["train"], config)
     summary = {
         "source": {"description": source.description, "sha256": source.sha256},
@@ -146,6 +150,7 @@ def load_all(
     examples = Examples(ids, offsets, labels)
     cut = int(np.sum(examples.lengths > tokenizer.max_length))
     examples = _truncate(examples, tokenizer.max_length)
+    examples.check_ids(tokenizer.vocabulary_size)
     texts = list(rows.texts)
     summary = {
         "source": {"description": source.description, "sha256": source.sha256},
@@ -195,6 +200,20 @@ def _numbers(parts: dict[str, Rows]) -> tuple[Classes, dict[str, np.ndarray]]:
             f"{classes.names[0]!r} and {classes.names[1]!r}."
         )
     return classes, numbers
+
+
+def _check_words(train: Examples, tokenizer: TextTokenizer, config: DataConfig) -> None:
+    """Raises UserError where there is nothing to read in the training part."""
+    if not len(train.tokens):
+        raise UserError(
+            "no text of the training part has a word in it; is it the right "
+            "--text-column?"
+        )
+    if tokenizer.unknown_share(train.tokens) == 1:
+        raise UserError(
+            f"no word occurs {config.min_count} times in the training part, so every "
+            "word is an unknown one; lower --min-count, or give more data."
+        )
 
 
 class _Joined(Sequence):
@@ -275,7 +294,7 @@ def _counts(
     """Returns what the parts hold, and which texts they share."""
     distinct = {name: set(rows) for name, rows in texts.items()}
     parts_with = Counter(text for rows in distinct.values() for text in rows)
-    train = distinct.get("train", set())
+    names_of_parts = list(texts)
     positive = {name: int(e.labels.sum()) for name, e in examples.items()}
     return {
         "rows": {name: len(e) for name, e in examples.items()},
@@ -295,9 +314,12 @@ def _counts(
         },
         "distinct_texts": {name: len(rows) for name, rows in distinct.items()},
         "texts_in_several_parts": sum(n > 1 for n in parts_with.values()),
-        "rows_also_in_train": {
-            name: sum(text in train for text in rows)
-            for name, rows in texts.items()
-            if name != "train"
+        "rows_also_in": {  # of each part, by the part before it that has the text too
+            name: {
+                earlier: sum(text in distinct[earlier] for text in texts[name])
+                for earlier in names_of_parts[:place]
+            }
+            for place, name in enumerate(names_of_parts)
+            if place
         },
     }

@@ -15,6 +15,19 @@ from typing import Any
 from flax_lstm.config import UserError
 from flax_lstm.labels import shown
 
+MOST_NAMES = 1000
+"""Different keys of the objects of a json file; columns are as long as the file."""
+_FORMS = {
+    b"\x1f\x8b": "compressed by gzip; unpack it first, as by `gunzip`",
+    b"PK\x03\x04": "a zip archive; unpack it first, as by `unzip`",
+    b"BZh": "compressed by bzip2; unpack it first, as by `bunzip2`",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first, as by `unzstd`",
+    b"PAR1": "a Parquet file; rename it to .parquet",
+    b"\xff\xfe": "UTF-16; convert it, as by `iconv -f UTF-16 -t UTF-8`",
+    b"\xfe\xff": "UTF-16; convert it, as by `iconv -f UTF-16 -t UTF-8`",
+}
+"""What a file is that begins with these bytes, and what to do about it."""
+
 
 def decode(content: bytes, path: Path) -> str:
     """Decodes UTF-8, with or without a byte order mark.
@@ -22,24 +35,40 @@ def decode(content: bytes, path: Path) -> str:
     Raises:
       UserError: If the bytes are not UTF-8; names the file and the first wrong byte.
     """
+    for start, form in _FORMS.items():
+        if content.startswith(start):
+            raise UserError(f"{path} is {form}; expected UTF-8 text.")
+    if b"\0" in content[:2]:  # no mark, but the first character has a zero byte
+        raise UserError(
+            f"{path} begins with a NUL byte as UTF-16 does; expected UTF-8 text. "
+            "Convert it, as by `iconv -f UTF-16LE -t UTF-8`."
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path} is not UTF-8: byte {error.start} is "
+            f"{path} is not UTF-8: byte {error.start}, in line {line}, is "
             f"0x{error.object[error.start]:02x}. Convert the file, for example with "
             "`iconv -f LATIN1 -t UTF-8`."
         ) from error
 
 
 def parse_csv(
-    text: str, path: Path, tabs: bool
+    content: bytes, path: Path, tabs: bool
 ) -> tuple[dict[str, list[Any]], list[int], str]:
-    """Returns the columns as text, and the line in which each row ends."""
+    """Returns the columns as text, and the line in which each row ends.
+
+    Args:
+      content: UTF-8, already found to be so; with or without a byte order mark.
+      path: For messages.
+      tabs: Whether tabs separate the fields.
+    """
     limit = csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True
-    )
+    # Decoded anew piece by piece: a StringIO holds four bytes for each character.
+    lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
+    reader = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
+    began = 1
     try:
         header = [name.strip() for name in next(reader)]
         repeated = sorted({name for name in header if header.count(name) > 1 and name})
@@ -48,50 +77,55 @@ def parse_csv(
                 f"{path} has more than one column {repeated[0]!r}; rename them so that "
                 "each name occurs once."
             )
-        records, lines = [], []
+        records, ends = [], []
+        began = reader.line_num + 1
         for record in reader:
-            if not record:
-                continue  # a blank line
-            if len(record) != len(header):
+            if record and len(record) != len(header):
                 raise UserError(
                     f"line {reader.line_num} of {path} has {len(record)} fields and "
                     f"the header has {len(header)} ({', '.join(header)}); quote texts "
                     "that hold the separator."
                 )
-            records.append(record)
-            lines.append(reader.line_num)
+            if record:  # else a blank line
+                records.append(record)
+                ends.append(reader.line_num)
+            began = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"line {reader.line_num} of {path} does not parse: {error}. Is a quote "
-            "left open?"
+            f"the row that begins in line {began} of {path} does not parse, up to line "
+            f"{reader.line_num}: {error}. Is a quote left open?"
         ) from error
     finally:
         csv.field_size_limit(limit)
     values = zip(*records, strict=True) if records else [[] for _ in header]
     columns = {name: list(column) for name, column in zip(header, values, strict=True)}
-    return columns, lines, "line"
+    return columns, ends, "line"
 
 
 def parse_json(text: str, path: Path) -> tuple[dict[str, list[Any]], list[int], str]:
     """Returns the columns of an array of objects, or of one object per line."""
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     records: list[tuple[int, Any]] = []
-    line = 1
+    line, array = 1, text.lstrip().startswith("[")
+    unit = "row" if array else "line"
     try:
-        if text.lstrip().startswith("["):
-            unit = "row"
-            records = list(enumerate(json.loads(text), start=1))
+        if array:
+            records = list(enumerate(decoder.decode(text), start=1))
         else:
-            unit = "line"
             for line, content in enumerate(text.split("\n"), start=1):
                 if content.strip():
-                    records.append((line, json.loads(content)))
+                    records.append((line, decoder.decode(content)))
     except json.JSONDecodeError as error:
         raise UserError(
             f"line {line + error.lineno - 1} of {path} is not JSON: {error.msg} "
             f"(column {error.colno}). Expected an array of objects, or one object per "
             "line."
         ) from error
+    except (ValueError, RecursionError) as error:  # a key twice, digits, nesting
+        where = f"{path}" if array else f"line {line} of {path}"
+        raise UserError(f"{where} cannot be used: {error}.") from error
     names: dict[str, None] = {}
+    escapes = "\\ud" in text or "\\uD" in text  # no lone surrogate without one
     for number, record in records:
         if not isinstance(record, dict):
             raise UserError(
@@ -99,5 +133,36 @@ def parse_json(text: str, path: Path) -> tuple[dict[str, list[Any]], list[int], 
                 'such as {"text": "...", "label": 1}.'
             )
         names.update(dict.fromkeys(record))
+        if len(names) > MOST_NAMES:
+            raise UserError(
+                f"{path} has more than {MOST_NAMES} different keys, the last of them "
+                f"{shown(list(names)[-1])} in {unit} {number}; expected objects with "
+                'the same keys, such as {"text": "...", "label": 1}.'
+            )
+        if escapes:
+            _check_characters(record, f"{unit} {number} of {path}")
+    if not records:
+        raise UserError(f"no rows in {path}; nothing to learn from.")
     columns = {name: [r.get(name) for _, r in records] for name in names}
     return columns, [number for number, _ in records], unit
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object, whose keys must differ (Python's own takes the last)."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {shown(twice)} more than once")
+    return found
+
+
+def _check_characters(record: dict[str, Any], where: str) -> None:
+    for name, value in record.items():
+        try:
+            f"{name} {value}".encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where} has half a surrogate pair in {name!a:.40}, which is no "
+                "character. Correct the row or remove it."
+            ) from error

@@ -45,7 +45,7 @@ NEGATIVE = frozenset(
         "sad",
     )
 )
-_WHOLE = re.compile(r"[+-]?\d+(\.0+)?")
+_WHOLE = re.compile(r"([+-]?\d{1,1000})(\.0+)?")  # Python's int has a limit of 4300
 _FRACTION = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?|nan|[+-]?inf")
 
 
@@ -80,8 +80,8 @@ def key_of(label: object, where: str) -> str:
         return str(int(label))
     if isinstance(label, str) and label.strip():
         text = label.strip().casefold()
-        if _WHOLE.fullmatch(text):
-            return str(int(float(text)))
+        if whole := _WHOLE.fullmatch(text):
+            return str(int(whole[1]))
         if not _FRACTION.fullmatch(text):
             return text
     what = "no label" if label is None or label == "" else f"the label {shown(label)}"

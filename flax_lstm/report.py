@@ -8,7 +8,7 @@ beside it, so that all of it can be read with `NO_COLOR`, in a pipe, or in a fil
 import collections
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -149,10 +149,8 @@ def prediction_text(score: float, label: str, text: str) -> Text:
 def start_lines(event: RunStarted) -> list[str]:
     """Returns what is about to be trained, and on what."""
     data, model = event.config.data, event.config.model
-    rows = event.data.get("rows", {})
-    parts = ", ".join(f"{part} {count:,}" for part, count in rows.items())
     lines = [
-        f"Data: {data.data}" + (f" ({parts})" if parts else ""),
+        *data_lines(data.data, event.data),
         f"Model: {event.parameters:,} parameters, LSTM layers "
         f"{', '.join(map(str, model.features))}; on {', '.join(event.devices)}",
     ]
@@ -163,6 +161,49 @@ def start_lines(event: RunStarted) -> list[str]:
     elif event.first_epoch > 1:
         lines.append(f"Resumed after epoch {event.first_epoch - 1}")
     return lines
+
+
+def data_lines(name: str, summary: Mapping[str, Any]) -> list[str]:
+    """Returns what was read, and what a person should know of it before it is learned.
+
+    Args:
+      name: What was read.
+      summary: Of the data, as a run keeps it; what it lacks is not told.
+    """
+    rows = summary.get("rows", {})
+    parts = ", ".join(f"{part} {count:,}" for part, count in rows.items())
+    lines = [f"Data: {name}" + (f" ({parts})" if parts else "")]
+    if labels := summary.get("labels"):
+        positive = labels["positive"]
+        shares = [
+            f"{part} {counts[positive] / max(rows[part], 1):.1%}"
+            for part, counts in summary["classes"].items()
+        ]
+        lines.append(
+            f"Labels: {labels['negative']} = 0, {positive} = 1 "
+            f"({positive}: {', '.join(shares)})"
+        )
+        if labels["rule"].startswith("alphabetical"):
+            lines.append(f"Note: {positive} = 1 by {labels['rule']}")
+    for part, earlier in summary.get("rows_also_in", {}).items():
+        also = [f"{count:,} in {other}" for other, count in earlier.items() if count]
+        if also:
+            lines.append(
+                f"Note: of the {rows[part]:,} {part} rows {' and '.join(also)} word "
+                "for word"
+            )
+    for what, counts in (
+        ("cut to --max-length", summary.get("truncated", {})),
+        ("without any word", summary.get("empty_texts", {})),
+    ):
+        some = [f"{count:,} {part}" for part, count in counts.items() if count]
+        if some:
+            lines.append(f"Note: {', '.join(some)} rows {what}")
+    if dropped := summary.get("dropped_empty"):
+        lines.append(f"Note: {dropped:,} rows without any word left out")
+    if groups := summary.get("groups_in_several_parts"):
+        lines.append(f"Note: {groups:,} groups have rows in more than one part")
+    return lines + [f"Note: {note}" for note in summary.get("notes", ())]
 
 
 def finish_lines(event: Finished) -> list[str]:

@@ -5,12 +5,11 @@ and json do not. Nothing but a Hub name touches the network, and no cache outliv
 reading of a local file.
 """
 
-import contextlib
 import dataclasses
+import difflib
 import hashlib
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from flax_lstm import demo_corpus
 from flax_lstm.config import DataConfig, UserError
 from flax_lstm.formats import decode, parse_csv, parse_json
 from flax_lstm.labels import shown
+from flax_lstm.parquet import check_memory, quiet_datasets, read_parquet
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 TEXT_NAMES = ("text", "review", "sentence", "message", "content", "comment", "tweet")
@@ -92,13 +92,24 @@ def read(name: str, config: DataConfig) -> Source:
         source = _read_hub(name, config)
     else:
         raise UserError(
-            f"no file or folder {name}. Expected `demo`, a {', '.join(SUFFIXES)} file, "
-            "a folder with train/pos and train/neg, or the name of a Hugging Face "
-            "dataset (owner/name)."
+            f"no file or folder {name}{_neighbours(path)}. Expected `demo`, a "
+            f"{', '.join(SUFFIXES)} file, a folder with train/pos and train/neg, or "
+            "the name of a Hugging Face dataset (owner/name)."
         )
     if not any(len(rows) for rows in source.parts.values()):
         raise UserError(f"no rows in {source.description}; nothing to learn from.")
     return source
+
+
+def _neighbours(path: Path) -> str:
+    """Returns the files that are there instead, the likest first, for a message."""
+    try:
+        names = sorted(p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES)
+    except OSError:
+        return f"; there is no folder {path.parent} either"
+    like = difflib.get_close_matches(path.name, names, 3) or names[:3]
+    more = ", ..." if len(names) > len(like) else ""
+    return f"; {path.parent} has {', '.join(like)}{more}" if like else ""
 
 
 def _read_demo(config: DataConfig) -> Source:
@@ -124,25 +135,32 @@ def _read_file(path: Path, config: DataConfig) -> Source:
             f"{', '.join(SUFFIXES)}. Convert it, or rename it to what it is."
         )
     try:
+        check_memory(path, path.stat().st_size)
         if suffix == ".parquet":
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            rows = _rows_of_dataset(_read_parquet(path), str(path), config)
+            rows = _rows_of_dataset(read_parquet(path), str(path), config)
         else:
             content = path.read_bytes()
             digest = hashlib.sha256(content).hexdigest()
-            text = decode(content, path)
-            if not text.strip():
-                raise UserError(f"no rows in {path}: the file is empty.")
-            if suffix in (".json", ".jsonl"):
-                columns, numbers, unit = parse_json(text, path)
-            else:
-                columns, numbers, unit = parse_csv(text, path, suffix == ".tsv")
-            where = Where(str(path), len(numbers), unit, numbers)
-            rows = _rows(columns, where, str(path), config)
+            rows = _rows_of_text(content, path, config)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
     return Source({"train": rows}, str(path), digest)
+
+
+def _rows_of_text(content: bytes, path: Path, config: DataConfig) -> Rows:
+    text = decode(content, path)
+    if not text.strip():
+        raise UserError(f"no rows in {path}: the file is empty.")
+    suffix = path.suffix.lower()
+    if suffix in (".json", ".jsonl"):
+        columns, numbers, unit = parse_json(text, path)
+    else:
+        del text  # parsed from the bytes, with a hundred MB less at a time
+        columns, numbers, unit = parse_csv(content, path, suffix == ".tsv")
+    where = Where(str(path), len(numbers), unit, numbers)
+    return _rows(columns, where, str(path), config)
 
 
 def _read_folder(path: Path, config: DataConfig) -> Source:
@@ -164,7 +182,10 @@ def _read_folder(path: Path, config: DataConfig) -> Source:
                     "file."
                 )
             for file in sorted((folder / label).glob("*.txt")):
-                content = file.read_bytes()
+                try:
+                    content = file.read_bytes()
+                except OSError as error:
+                    raise UserError(f"cannot read {file}: {error}") from error
                 digest.update(f"{file.relative_to(path)}\0{len(content)}\0".encode())
                 digest.update(content)
                 texts.append(decode(content, file))
@@ -178,7 +199,7 @@ def _read_hub(name: str, config: DataConfig) -> Source:
     import datasets
 
     try:
-        with _quiet_datasets(progress=True):
+        with quiet_datasets(progress=True):
             found: Any = datasets.load_dataset(name)
     except Exception as error:  # network, HTTP, missing name, unknown configuration ...
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -207,44 +228,17 @@ def _read_hub(name: str, config: DataConfig) -> Source:
     return Source(parts, f"Hugging Face dataset {name}", digest, tuple(notes))
 
 
-def _read_parquet(path: Path) -> Any:
-    import datasets
-
-    try:
-        with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
-            return datasets.Dataset.from_parquet(
-                str(path), cache_dir=cache, keep_in_memory=True
-            )
-    except Exception as error:  # pyarrow's and datasets' errors share no base class
-        cause = error.__cause__ or error
-        raise UserError(
-            f"{path} does not read as Parquet: {cause}. Is it complete, and is it "
-            "Parquet?"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet_datasets(progress: bool = False) -> Iterator[None]:
-    """Keeps the log (and progress bars) of `datasets` out of the terminal."""
-    import datasets
-
-    level = datasets.logging.get_verbosity()
-    bars = datasets.utils.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not progress:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
 def _rows_of_dataset(dataset: Any, origin: str, config: DataConfig) -> Rows:
     """Takes the columns out of a `datasets.Dataset`, classes by their names."""
     wanted = _chosen(dataset.column_names, origin, config)
-    columns = {n: dataset.data.column(n).to_pylist() for n in wanted if n}
+    columns = {}
+    for name in filter(None, wanted):
+        try:
+            columns[name] = dataset.data.column(name).to_pylist()
+        except (UnicodeDecodeError, ArithmeticError) as error:  # a time out of range
+            raise UserError(
+                f"{origin}: column {name!r} is damaged: {error}. Is the file complete?"
+            ) from error
     names = getattr(dataset.features[wanted[1]], "names", None)
     if names:
         columns[wanted[1]] = [

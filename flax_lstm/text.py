@@ -32,6 +32,8 @@ PAD, UNKNOWN = "<pad>", "<unk>"
 WORD = r"[$#@]?\w+(?:'\w+)*|[^\w\s\p{Cc}\p{Cf}]"
 NUMBER = r"\d*\.?\d+"
 TAGS = ("TICKER", "USER", "LINK", "PRICE", "NUMBER")
+RULES = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor")
+"""What of a tokenizer.json decides, beside the words, which ids a text becomes."""
 CHUNK_TEXTS, CHUNK_CHARACTERS = 1000, 4_000_000
 """Texts encoded at a time, which bounds the memory of the intermediate objects."""
 MOST_CHARACTERS = 1_000_000
@@ -64,8 +66,12 @@ class TextTokenizer:
         tokenizer: "tokenizers.Tokenizer",
         pipeline: Literal["words", "tutorial"],
         max_length: int,
+        rules: dict[str, Any] | None = None,
     ):
         self._tokenizer = tokenizer
+        # As the file writes them: another version may put the same in other words.
+        content = json.loads(tokenizer.to_str()) if rules is None else rules
+        self._rules = [content.get(name) for name in RULES]
         self._unknown_id: int = tokenizer.get_vocab()[UNKNOWN]
         self.pipeline = pipeline
         self.max_length = max_length
@@ -173,7 +179,8 @@ class TextTokenizer:
         try:
             text = read_limited(path)
             tokenizer = tokenizers.Tokenizer.from_str(text)
-            max_length = int(json.loads(text)["truncation"]["max_length"])
+            content = json.loads(text)
+            max_length = int(content["truncation"]["max_length"])
             if tokenizer.token_to_id(UNKNOWN) is None:
                 raise ValueError(f"it has no {UNKNOWN} word")
         except Exception as error:  # tokenizers raises bare Exception
@@ -183,13 +190,13 @@ class TextTokenizer:
             ) from error
         tokenizer.no_truncation()
         pipeline = "words" if tokenizer.token_to_id(UNKNOWN) == 1 else "tutorial"
-        return cls(tokenizer, pipeline, max_length)
+        return cls(tokenizer, pipeline, max_length, content)
 
     def fingerprint(self) -> str:
-        """Returns a SHA-256 of the pipeline, the maximum length and all words."""
+        """Returns a SHA-256 of the pipeline, its rules, the length and all words."""
         vocabulary = self._tokenizer.get_vocab()
         words = sorted(vocabulary, key=vocabulary.__getitem__)
-        content = json.dumps([self.pipeline, self.max_length, words])
+        content = json.dumps([self.pipeline, self.max_length, self._rules, words])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -220,7 +227,7 @@ def fit(
     # A cut through a long text can make half a word, which is in no vocabulary.
     vocabulary[UNKNOWN] = len(found)
     every.model = models.WordLevel(vocabulary, unk_token=UNKNOWN)
-    counter = TextTokenizer(every, config.pipeline, config.max_length)
+    counter = TextTokenizer(every, config.pipeline, config.max_length, rules={})
     limit = None if tutorial else config.max_length
     raw, offsets = counter.encode_flat(texts, limit)
 

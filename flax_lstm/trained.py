@@ -182,7 +182,7 @@ class Run:
         encoded = self.tokenizer.analyse(texts)
         examples = data.Examples.from_rows(
             [one.ids for one in encoded], [0.0] * len(encoded)
-        )
+        ).check_ids(self.tokenizer.vocabulary_size)
         # Powers of two, so that requests of any size share a few compiled programs.
         size = 1 << max(len(encoded) - 1, 0).bit_length()
         settings = dataclasses.replace(
@@ -211,6 +211,7 @@ class Run:
         (encoded,) = self.tokenizer.analyse([text])
         count = len(encoded.ids)
         examples = data.Examples.from_rows([encoded.ids], [0.0])
+        examples.check_ids(self.tokenizer.vocabulary_size)
         ((length, rows),) = data.batch_plan(
             examples, self.lengths, self.config.data, seed=0, epoch=None
         )

@@ -248,3 +248,27 @@ def test_prefetch_raises_the_error_of_its_source_and_ends_its_thread():
     next(stream)
     stream.close()
     assert not any(t.name == "prefetch" for t in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 2], "2 labels need 3 offsets"),
+        ([0, 4, 3], "rise from 0 to 3.* length -1 at row 1"),
+        ([0, 2, 4], "rise from 0 to 3, .* got 0 to 4"),
+        ([1, 2, 3], "rise from 0 to 3, .* got 1 to 3"),
+    ],
+)
+def test_lengths_that_do_not_fit_the_tokens_are_refused(offsets, message):
+    tokens, labels = np.array([5, 6, 7], np.int32), np.zeros(2, np.float32)
+    with pytest.raises(ValueError, match=message):
+        Examples(tokens, np.array(offsets), labels)
+
+
+@pytest.mark.parametrize("id_", [10, -1])
+def test_an_id_outside_the_vocabulary_names_its_row(id_):
+    rows = [np.array([1, 2]), np.array([], int), np.array([9, id_])]
+    examples = Examples.from_rows(rows, [0, 1, 0])
+    with pytest.raises(ValueError, match=rf"token id {id_} in row 2 .* of 10 words"):
+        examples.check_ids(10)
+    assert Examples.from_rows(rows[:2], [0, 1]).check_ids(3) is not None

@@ -125,14 +125,15 @@ def test_the_summary_counts_what_a_loop_counts(reviews):
     corpus = load(DataConfig(data=reviews, max_length=5), seed=3)
     summary = corpus.summary
     json.dumps(summary)
-    train = corpus.texts["train"]
+    before = {}
     for name, texts in corpus.texts.items():
         assert summary["empty_texts"][name] == sum(text == "" for text in texts)
         assert summary["truncated"][name] == sum(len(t.split()) > 5 for t in texts)
         assert summary["distinct_texts"][name] == len(set(texts))
-        if name != "train":
-            also = sum(text in train for text in texts)
-            assert summary["rows_also_in_train"][name] == also
+        also = {n: sum(text in rows for text in texts) for n, rows in before.items()}
+        assert summary["rows_also_in"].get(name, {}) == also
+        before[name] = texts
+    assert any(any(also.values()) for also in summary["rows_also_in"].values())
     shared = [
         text
         for text in {t for part in corpus.texts.values() for t in part}
@@ -184,6 +185,8 @@ def test_empty_texts_are_batched_with_length_zero(reviews):
     [
         ([("a", 1), ("b", 1)], "exactly two classes; found 1"),
         ([("a", 0), ("b", 1), ("c", 2)], "exactly two classes; found 3"),
+        ([("a", 0), ("b", 1)] * 10, "no word occurs 99 times in the training part"),
+        ([("", 0), ("  ", 1)] * 10, "no text of the training part has a word in it"),
         ([("a", 0), ("b", 1)], "part would be empty: 2 rows have too few rows"),
         ([("a", 0), ("b", "zero"), ("c", 1)], "line 2 of .*unknown label 'zero'"),
     ],
@@ -193,7 +196,7 @@ def test_data_that_cannot_be_learned_from_are_refused(rows, message, tmp_path):
         tmp_path / "f.jsonl", [{"text": text, "label": label} for text, label in rows]
     )
     with pytest.raises(UserError, match=message):
-        load(DataConfig(data=path), seed=0)
+        load(DataConfig(data=path, min_count=99), seed=0)
 
 
 def test_one_class_left_for_training_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """csv and json files: what is kept as it is, and what names its line."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -16,16 +17,15 @@ def test_csv_text_stays_text():
     content = "text,label\n" + "".join(
         '"' + text.replace('"', '""') + f'",{i % 2}\n' for i, text in enumerate(texts)
     )
-    columns, lines, unit = parse_csv(content, FILE, tabs=False)
+    columns, lines, unit = parse_csv(content.encode(), FILE, tabs=False)
     assert columns == {"text": texts, "label": list("01010101")}
     assert (lines, unit) == ([2, 3, 4, 5, 6, 7, 9, 10], "line")
 
 
 def test_tabs_crlf_blank_lines_and_a_field_of_a_megabyte():
     long = "x" * 1_000_000
-    columns, lines, _ = parse_csv(
-        f"text\tlabel\r\na, b\t1\r\n\r\n{long}\t0\r\n", FILE, tabs=True
-    )
+    content = f"text\tlabel\r\na, b\t1\r\n\r\n{long}\t0\r\n"
+    columns, lines, _ = parse_csv(content.encode(), FILE, tabs=True)
     assert columns == {"text": ["a, b", long], "label": ["1", "0"]}
     assert lines == [2, 4]
 
@@ -35,14 +35,21 @@ def test_tabs_crlf_blank_lines_and_a_field_of_a_megabyte():
     [
         ("text,label\na,1\nb, c,0\n", "line 3 of FILE has 3 fields and the header 2"),
         ("text,label\na,1\nb\n", "line 3 of FILE has 1 fields and the header 2"),
-        ('text,label\n"a,1\nb,0\n', "line 3 of FILE does not parse"),
+        (
+            'text,label\nc,0\n"a,1\nb,0\nb,0\n',
+            "begins in line 3 of FILE does not parse, up to line 5",
+        ),
+        (
+            'text,label\nc,0\n"a,1\nb,0\n"b",0\n',
+            "begins in line 3 of FILE does not parse, up to line 5",
+        ),
         ("text,text\na,1\n", "more than one column 'text'"),
     ],
 )
 def test_broken_csv_names_the_line(content, message):
     message = message.replace("header 2", "header has 2")
     with pytest.raises(UserError, match=message):
-        parse_csv(content, FILE, tabs=False)
+        parse_csv(content.encode(), FILE, tabs=False)
 
 
 def test_json_as_an_array_or_as_lines():
@@ -66,6 +73,16 @@ def test_a_missing_key_is_nothing():
         ('[\n{"text": "a"},\n{"text" 1}]', "line 3 of FILE is not JSON"),
         ('"just a text"', "line 1 of FILE is 'just a text'; expected an object"),
         ("[1, 2]", "row 1 of FILE is 1; expected an object"),
+        ("[]", "no rows in FILE"),
+        ('{"a": 1}\n{"a": 1, "a": 2}', "line 2 .* the key 'a' more than once"),
+        ('{"a": 1}\n{"a": ' + "[" * 100_000, "line 2 of FILE cannot be used"),
+        ('{"a": 1}\n{"a": ' + "1" * 5000 + "}", "line 2 of FILE cannot be used"),
+        ('{"a": 1}\n{"a": "\\ud800"}', "line 2 of FILE has half a surrogate"),
+        ('[{"a": 1}, {"\\uDFFF": ""}]', "row 2 of FILE has half a surrogate"),
+        (
+            "\n".join(f'{{"k{n}": 0}}' for n in range(2000)),
+            "more than 1000 different keys, the last of them 'k1000' in line 1001",
+        ),
     ],
 )
 def test_broken_json_names_the_line(content, message):
@@ -73,9 +90,33 @@ def test_broken_json_names_the_line(content, message):
         parse_json(content, FILE)
 
 
+def test_a_whole_surrogate_pair_is_a_character():
+    columns, _, _ = parse_json('{"text": "\\ud83d\\ude00"}', FILE)
+    assert columns == {"text": ["\U0001f600"]}
+
+
 def test_text_that_is_not_utf8_names_the_byte():
     assert decode(b"\xef\xbb\xbftext", FILE) == "text"
-    with pytest.raises(UserError, match="FILE is not UTF-8: byte 3 is 0xe9"):
-        decode("caf\xe9".encode("latin-1"), FILE)
-    with pytest.raises(UserError, match="FILE is not UTF-8: byte 0 is 0xff"):
-        decode("text".encode("utf-16"), FILE)
+    message = "FILE is not UTF-8: byte 5, in line 2, is 0xe9"
+    with pytest.raises(UserError, match=message):
+        decode("a\ncaf\xe9".encode("latin-1"), FILE)
+
+
+@pytest.mark.parametrize(
+    ("content", "form"),
+    [
+        ("text".encode("utf-16"), "UTF-16"),
+        (gzip.compress(b"text,label"), "compressed by gzip"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"PAR1", "a Parquet file"),
+    ],
+)
+def test_what_is_no_text_is_called_by_its_name(content, form):
+    with pytest.raises(UserError, match=f"FILE is {form}"):
+        decode(content, FILE)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_its_mark_is_known_by_a_zero_byte(encoding):
+    with pytest.raises(UserError, match="begins with a NUL byte as UTF-16 does"):
+        decode("text".encode(encoding), FILE)

@@ -45,7 +45,8 @@ ARROWS = {
     "text": "config",
     "batching": "config",
     "formats": "config labels",
-    "sources": "config demo_corpus labels formats",
+    "parquet": "config host_memory",
+    "sources": "config demo_corpus labels formats parquet",
     "partition": "config batching sources",
     "data": "config labels text batching partition sources",
     "leaves": "",
@@ -79,7 +80,7 @@ ARROWS = {
 LIBRARIES = ("torch", "keras", "haiku", "equinox")
 # Third-party packages that only these nodes touch.
 OWNERS = {
-    "datasets": {"data", "sources", "experiments"},
+    "datasets": {"parquet", "sources", "experiments"},
     "tokenizers": {"text"},
     "orbax": {"checkpoint"},
     "tyro": {"cli", "commands"},

@@ -193,3 +193,43 @@ def test_the_end_tells_the_start_and_the_wait_for_input():
 
 def test_a_run_that_had_no_step_left_tells_no_start():
     assert len(report.finish_lines(finished(startup_seconds=None))) == 1
+
+
+def test_what_a_person_should_know_of_the_data_is_told_and_no_more():
+    plain = {
+        "rows": {"train": 10, "test": 4},
+        "labels": {"negative": "bad", "positive": "good", "rule": "known words"},
+        "classes": {"train": {"bad": 5, "good": 5}, "test": {"bad": 1, "good": 3}},
+        "rows_also_in": {"test": {"train": 0}},
+        "truncated": {"train": 0, "test": 0},
+        "empty_texts": {"train": 0, "test": 0},
+        "dropped_empty": 0,
+        "groups_in_several_parts": 0,
+        "notes": [],
+    }
+    usual = [
+        "Data: FILE (train 10, test 4)",
+        "Labels: bad = 0, good = 1 (good: train 50.0%, test 75.0%)",
+    ]
+    assert report.data_lines("FILE", plain) == usual
+    odd = {
+        "rows_also_in": {"validation": {"train": 0}, "test": {"train": 3, "v": 1}},
+        "truncated": {"train": 2, "test": 1},
+        "empty_texts": {"train": 0, "test": 1},
+        "dropped_empty": 6,
+        "groups_in_several_parts": 7,
+        "notes": ["something else"],
+    }
+    assert report.data_lines("FILE", plain | odd) == [
+        *usual,
+        "Note: of the 4 test rows 3 in train and 1 in v word for word",
+        "Note: 2 train, 1 test rows cut to --max-length",
+        "Note: 1 test rows without any word",
+        "Note: 6 rows without any word left out",
+        "Note: 7 groups have rows in more than one part",
+        "Note: something else",
+    ]
+    guessed = plain | {"labels": plain["labels"] | {"rule": "alphabetical order"}}
+    note = "Note: good = 1 by alphabetical order"
+    assert report.data_lines("FILE", guessed) == [*usual, note]
+    assert report.data_lines("demo", {}) == ["Data: demo"]

@@ -123,15 +123,14 @@ def test_an_unknown_type_or_a_missing_file_is_told(tmp_path):
     for name in (str(tmp_path / "absent.csv"), "absent.csv", "a/b/c"):
         with pytest.raises(UserError, match="no file or folder"):
             read(name, CONFIG)
-
-
-def test_a_damaged_parquet_file_is_named(tmp_path):
-    path = tmp_path / "file.parquet"
-    write(path)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"file.parquet does not read as Parquet"):
-        read(str(path), CONFIG)
+    for name in ("reviews.csv", "other.csv", "notes.txt"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(UserError, match=r"; .* has reviews.csv, \.\.\.\. Expected"):
+        read(str(tmp_path / "review.csv"), CONFIG)
+    with pytest.raises(UserError, match=r"; .* has other.csv, reviews.csv\. Expected"):
+        read(str(tmp_path / "zzz.csv"), CONFIG)
+    with pytest.raises(UserError, match=r"; there is no folder .*nowhere either"):
+        read(str(tmp_path / "nowhere" / "x.csv"), CONFIG)
 
 
 def test_a_text_that_is_no_string_names_its_line(tmp_path):
@@ -147,7 +146,9 @@ def test_a_text_that_is_no_string_names_its_line(tmp_path):
 def test_latin1_names_file_and_byte(tmp_path):
     path = tmp_path / "file.csv"
     path.write_bytes("text,label\ncafé,1\n".encode("latin-1"))
-    with pytest.raises(UserError, match=r"file.csv is not UTF-8: byte 14 is 0xe9"):
+    with pytest.raises(
+        UserError, match=r"file.csv is not UTF-8: byte 14, in line 2, is 0xe9"
+    ):
         read(str(path), CONFIG)
 
 

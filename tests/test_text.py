@@ -1,5 +1,6 @@
 """Tokenising: against scanners that share no code with the pipelines."""
 
+import json
 import resource
 import string
 from collections import Counter
@@ -276,6 +277,11 @@ def test_saving_and_loading_changes_nothing(config, tmp_path):
         assert np.array_equal(a, b)
     other, _, _ = fit(texts[:1], config)
     assert other.fingerprint() != tokenizer.fingerprint()
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["normalizer"]["normalizers"].pop()  # the words stay, the ids do not
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    altered = TextTokenizer.load(tmp_path / "tokenizer.json")
+    assert altered.fingerprint() != tokenizer.fingerprint()
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):

@@ -1,0 +1,81 @@
+"""Parquet files, read through `datasets` into memory, after what they claim is checked.
+
+No cache outlives the reading, and nothing is unpacked that the memory cannot hold: some
+kilobytes of Parquet can claim any number of rows.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flax_lstm.config import UserError
+from flax_lstm.host_memory import machine_bytes
+
+ROW_BYTES = 150
+"""What a row takes at the least as Python objects: a string, a label, two places."""
+
+
+def read_parquet(path: Path) -> Any:
+    """Returns the `datasets.Dataset` of a Parquet file.
+
+    Raises:
+      UserError: If it is damaged, has no rows, or unpacks to more than the memory.
+    """
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            form = file.metadata
+        groups = [form.row_group(n) for n in range(form.num_row_groups)]
+        unpacked = sum(group.total_byte_size for group in groups)
+    except Exception as error:  # pyarrow's errors share no base class
+        raise _damaged(path, error) from error
+    if not form.num_rows:
+        raise UserError(f"no rows in {path}; nothing to learn from.")
+    check_memory(path, unpacked + ROW_BYTES * form.num_rows)
+    try:
+        with tempfile.TemporaryDirectory() as cache, quiet_datasets():
+            return datasets.Dataset.from_parquet(
+                str(path), cache_dir=cache, keep_in_memory=True
+            )
+    except Exception as error:  # nor do they share one with those of datasets
+        raise _damaged(path, error.__cause__ or error) from error
+
+
+def check_memory(path: Path, size: int) -> None:
+    """Raises UserError where what a file holds, `size` bytes, exceeds the memory."""
+    there_is = machine_bytes()
+    if there_is is not None and size > there_is:
+        raise UserError(
+            f"{path} holds {size / 2**30:,.0f} GiB at the least; this machine has "
+            f"{there_is / 2**30:,.0f} GiB of memory. Give a part of it."
+        )
+
+
+@contextlib.contextmanager
+def quiet_datasets(progress: bool = False) -> Iterator[None]:
+    """Keeps the log (and progress bars) of `datasets` out of the terminal."""
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    bars = datasets.utils.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not progress:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    cause = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        f"{path} does not read as Parquet: {cause[0].rstrip('.')}. Is it complete, and "
+        "is it Parquet?"
+    )
