@@ -1,18 +1,14 @@
 """The LSTM over time as primitives of JAX, which a kernel may stand in for.
 
 A kernel gives numbers; JAX must also know how to differentiate, batch and export what
-it computes. Each loop is therefore a primitive with a plain statement in JAX, the one
-definition of what it means: derivatives are those of the statement, and so is the loop
-itself on any platform but the CPU, and in a module exported for other machines. The
+it computes. Each loop is therefore a primitive with a plain statement in JAX
+(`statement`), the one definition of what it means: derivatives are those of the
+statement, and so is the loop itself where there is no kernel (`lowering`). The
 exceptions are what the kernels are for: the transpose of the linear loop is a loop, and
 a kernel, of its own; and a vmap over rows is a larger batch.
 
-Axes     T time, B batch, I input size, H hidden size, G = 4H in gate order i f g o.
-Lengths  int32 `[B]`: steps past them do not count, and are 0 in every result.
-Resets   uint8 `[T, B]`, or `[0, 0]` for none.
-Kept     Of every step, for the derivative: hs `[T, B, H]` outputs, gates `[T, B, 4H]`
-         after activation, before `[T, B, H]` the cell that the step started from. Past
-         the lengths the last two are undefined.
+Axes, lengths, resets, dtypes and what is kept: as in `statement`. Inside
+`jax.shard_map` all arguments of a primitive vary over the same mesh axes.
 """
 
 from collections.abc import Callable
@@ -21,209 +17,88 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jaxtyping import Array, Float, Int, UInt8
 
-from flax_lstm.cell import LSTMParams, LSTMState, activate, update
-from flax_lstm.loop import live_steps, select
+from flax_lstm import lowering, statement
+from flax_lstm.cell import LSTMParams, LSTMState
+from flax_lstm.loop import vary_with
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def recurrence(
     reverse: bool,
+    target: Any,
     params: LSTMParams,
     inputs: Float[Array, "T B I"],
     state: LSTMState,
     lengths: Int[Array, " B"],
     resets: UInt8[Array, "T B"] | UInt8[Array, "0 0"],
 ) -> tuple[LSTMState, Float[Array, "T B H"]]:
-    """Runs the LSTM over time by the kernel; float32 throughout.
+    """Runs the LSTM over time by the kernel.
 
     Args:
       reverse: From the last valid step to the first.
-      params: Weights.
+      target: Device that the kernel was chosen for: `flax_lstm_kernels.target.Target`.
+      params: Weights, kernel and bias in one dtype; their gradients are summed in
+        float32 at least and rounded once to their dtypes.
       inputs: `[T, B, I]`; not read past the lengths.
       state: State before the first step.
-      lengths: See the file's head, as for resets.
+      lengths: See `statement`, as for resets.
       resets: Where not 0, the state is zero before the step.
 
     Returns:
       `(final_state, hs)`, hs in the order of the inputs and 0 past the lengths.
     """
-    hs, c, h, _, _ = forward_p.bind(
-        inputs, *params, *state, lengths, resets, reverse=reverse, keep=False
+    hs, c, h, _, _ = bind_forward(
+        reverse, target, params, inputs, state, lengths, resets, keep=False
     )
     return LSTMState(c, h), hs
 
 
-@partial(recurrence.defjvp, symbolic_zeros=True)
-def recurrence_jvp(reverse: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """Returns the results and their tangents, linear in the tangents given."""
-    params, inputs, state, lengths, resets = primals
-    hs, c, h, gates, before = forward_p.bind(
-        inputs, *params, *state, lengths, resets, reverse=reverse, keep=True
+def bind_forward(reverse, target, params, inputs, state, lengths, resets, *, keep):
+    """Binds the loop forward."""
+    return forward_p.bind(
+        inputs,
+        *params,
+        *state,
+        lengths,
+        resets,
+        reverse=reverse,
+        keep=keep,
+        gates_dtype=lowering.gates_dtype(target, inputs.dtype),
+        target=target,
     )
 
+
+@partial(recurrence.defjvp, symbolic_zeros=True)
+def recurrence_jvp(reverse: bool, target: Any, primals: Any, tangents: Any) -> Any:
+    """Returns the results and their tangents, linear in the tangents given."""
+    params, inputs, state, lengths, resets = primals
+    hs, c, h, gates, before = bind_forward(reverse, target, *primals, keep=True)
+
     def given(tangent: Any) -> Any:
-        absent = type(tangent) is SymbolicZero
-        return jnp.zeros(tangent.shape, inputs.dtype) if absent else tangent
+        if type(tangent) is not SymbolicZero:
+            return tangent
+        like: Any = tangent.aval
+        return jnp.zeros(like.shape, like.dtype)
 
     absent = type(tangents[1]) is SymbolicZero
     d_inputs = jnp.zeros((0, 0, 0), inputs.dtype) if absent else tangents[1]
     d_others = [given(d) for d in (*tangents[0], *tangents[2])]
     kept = (inputs, *params[:2], state.h, hs, gates, before, lengths, resets)
-    d_hs, d_c, d_h = linear_p.bind(d_inputs, *d_others, *kept, reverse=reverse)
+    arguments = vary_with((d_inputs, *d_others, *kept), ())
+    d_hs, d_c, d_h = linear_p.bind(*arguments, reverse=reverse, target=target)
     return (LSTMState(c, h), hs), (LSTMState(d_c, d_h), d_hs)
 
 
-def stated(steps: Callable, state: Any, xs: Any, lengths: Any, resets: Any, reverse):
-    """Scans `steps(state, x) -> (state, y)` where steps count, with resets."""
-    live = live_steps(jax.tree.leaves(xs)[0].shape[0], lengths)
-    resets = resets.astype(bool) if resets.size else None
-
-    def step(state: Any, at: Any) -> tuple[Any, Any]:
-        x, live, reset = at
-        start = state if reset is None else select(~reset, state, 0)
-        new, y = steps(start, x)
-        return select(live, new, state), select(live, y, 0)
-
-    return lax.scan(step, state, (xs, live, resets), reverse=reverse)
-
-
-def forward(x, kernel, recurrent_kernel, bias, c, h, lengths, resets, *, reverse, keep):
-    """States the loop forward: see `flax_lstm_kernels.cpu.forward`."""
-
-    def steps(state: LSTMState, x: Any) -> tuple[LSTMState, Any]:
-        z = x @ kernel + state.h @ recurrent_kernel
-        gates = activate(z + jnp.broadcast_to(bias, z.shape))
-        new = LSTMState(*update(*gates, state.c))
-        return new, (new.h, jnp.concatenate(gates, -1), state.c)
-
-    x = select(live_steps(x.shape[0], lengths), x, 0)
-    final, (hs, gates, before) = stated(
-        steps, LSTMState(c, h), x, lengths, resets, reverse
-    )
-    if not keep:
-        gates, before = gates[:0, :0], before[:0, :0]
-    return [hs, final.c, final.h, gates, before]
-
-
-def linear(
-    d_x,
-    d_kernel,
-    d_recurrent_kernel,
-    d_bias,
-    d_c,
-    d_h,
-    x,
-    kernel,
-    recurrent_kernel,
-    h,
-    hs,
-    gates,
-    before,
-    lengths,
-    resets,
-    *,
-    reverse,
-):
-    """States the tangent of the loop, linear in the first six arguments.
-
-    Args:
-      d_x: Tangent of the inputs; `[0, 0, 0]` for none.
-      d_kernel: Tangents of the weights, as the next two.
-      d_recurrent_kernel: See `d_kernel`.
-      d_bias: See `d_kernel`.
-      d_c: Tangent of the initial state, as the next.
-      d_h: See `d_c`.
-      x: Arguments of `forward`, as the next three.
-      kernel: See `x`.
-      recurrent_kernel: See `x`.
-      h: See `x`.
-      hs: What `forward` kept, as the next two.
-      gates: See `hs`.
-      before: See `hs`.
-      lengths: See the file's head.
-      resets: See the file's head.
-      reverse: See `forward`.
-
-    Returns:
-      The tangents of the outputs, of the final cell and of the final output.
-    """
-    live = live_steps(x.shape[0], lengths)
-    gates, before = select(live, (gates, before), 0)
-    h_before = previous(hs, h, lengths, resets, reverse=reverse)
-    d_z = select(live, x, 0) @ d_kernel + h_before @ d_recurrent_kernel
-    d_z = d_z + jnp.broadcast_to(d_bias, d_z.shape)
-    if d_x.size:
-        d_z = d_z + select(live, d_x, 0) @ kernel
-
-    def steps(state: LSTMState, at: Any) -> tuple[LSTMState, Any]:
-        d_z, gates, c = at
-        i, f, g, o = jnp.split(gates, 4, -1)
-        z_i, z_f, z_g, z_o = jnp.split(d_z + state.h @ recurrent_kernel, 4, -1)
-        d_c = (
-            f * state.c
-            + g * i * (1 - i) * z_i
-            + c * f * (1 - f) * z_f
-            + i * (1 - g * g) * z_g
-        )
-        tanh_c = jnp.tanh(f * c + i * g)
-        d_h = tanh_c * o * (1 - o) * z_o + o * (1 - tanh_c * tanh_c) * d_c
-        return LSTMState(d_c, d_h), d_h
-
-    state = LSTMState(d_c, d_h)
-    final, d_hs = stated(steps, state, (d_z, gates, before), lengths, resets, reverse)
-    return [d_hs, final.c, final.h]
-
-
-def previous(hs: Array, h: Array, lengths: Array, resets: Array, *, reverse: bool):
-    """Returns the output that each step started from, `[T, B, H]`, after resets."""
-    steps = jnp.arange(hs.shape[0])[:, None]
-    first = steps == (lengths[None] - 1 if reverse else 0)
-    shifted = jnp.roll(hs, -1 if reverse else 1, 0)
-    started = select(first, jnp.broadcast_to(h, hs.shape), shifted)
-    started = select(live_steps(hs.shape[0], lengths), started, 0)
-    return select(resets == 0, started, 0) if resets.size else started
-
-
-def transposed(d_hs, d_c, d_h, *kept, reverse, of_inputs):
-    """States the transpose of `linear`: see `flax_lstm_kernels.cpu.backward`."""
-    x, kernel, recurrent_kernel, h = kept[:4]
-    like = (
-        x if of_inputs else jnp.zeros((0, 0, 0), x.dtype),
-        kernel,
-        recurrent_kernel,
-        kernel[0],
-        h,
-        h,
-    )
-
-    def of_tangents(*tangents):
-        return linear(*tangents, *kept, reverse=reverse)
-
-    return list(jax.linear_transpose(of_tangents, *like)([d_hs, d_c, d_h]))
-
-
-def on_cpu(name: str) -> Callable:
-    """Returns a function of the kernel package, imported when it is first called."""
-
-    def call(*arrays, **options):
-        from flax_lstm_kernels import cpu
-
-        return list(getattr(cpu, name)(*arrays, **options))
-
-    return call
-
-
 def primitive(
-    name: str, statement: Callable, kernel: Callable, rows: Any = None
+    name: str, stated: Callable, sizes_of: Callable, rows: Any = None
 ) -> Primitive:
-    """Makes a primitive that means `statement`, and on a CPU runs `kernel`.
+    """Makes a primitive that means `stated`.
 
     With `rows`, which axis of each argument and of each result the rows are on (None
     for weights), a vmap that leaves the weights alone is one call over all rows.
@@ -231,20 +106,18 @@ def primitive(
     made = Primitive(name)
     made.multiple_results = True
 
+    def plain(target, **options):
+        del target  # says where it would run
+        return partial(stated, **options)
+
     def abstract(*avals, **options):
         like = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-        outs = jax.eval_shape(partial(statement, **options), *like)
-        return [ShapedArray(out.shape, out.dtype) for out in outs]
+        outs = jax.eval_shape(plain(**options), *like)
+        return [like_in_mesh(avals[0], out) for out in outs]
 
     def jvp(primals, tangents, **options):
         tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
-        return jax.jvp(partial(statement, **options), tuple(primals), tangents)
-
-    def lower_on_cpu(context, *args, **options):
-        # An exported module may run where the kernel is not.
-        exported = context.module_context.lowering_parameters.for_export
-        runs = mlir.lower_fun(statement if exported else kernel, multiple_results=True)
-        return runs(context, *args, **options)
+        return jax.jvp(plain(**options), tuple(primals), tangents)
 
     def batch(args, axes, **options):
         if rows is not None and not any(
@@ -253,7 +126,7 @@ def primitive(
             if row is None
         ):
             return folded(partial(made.bind, **options), args, axes, *rows), rows[1]
-        outs = jax.vmap(partial(statement, **options), axes)(*args)
+        outs = jax.vmap(plain(**options), axes)(*args)
         return outs, [0] * len(outs)
 
     made.def_impl(
@@ -262,9 +135,21 @@ def primitive(
     made.def_abstract_eval(abstract)
     ad.primitive_jvps[made] = jvp
     batching.primitive_batchers[made] = batch
-    mlir.register_lowering(made, mlir.lower_fun(statement, multiple_results=True))
-    mlir.register_lowering(made, lower_on_cpu, platform="cpu")
+    lowering.register(made, stated, sizes_of)
     return made
+
+
+def like_in_mesh(aval: Any, out: Any) -> ShapedArray:
+    """Returns the type of a result, which varies over the mesh axes `aval` does."""
+    if not aval.manual_axis_type.varying:
+        return ShapedArray(out.shape, out.dtype)
+    spec = jax.sharding.PartitionSpec(*[None] * len(out.shape))
+    return ShapedArray(
+        out.shape,
+        out.dtype,
+        sharding=aval.sharding.update(spec=spec),
+        manual_axis_type=aval.manual_axis_type,
+    )
 
 
 def folded(call: Callable, args: Any, axes: Any, args_rows: Any, outs_rows: Any):
@@ -296,27 +181,36 @@ def folded(call: Callable, args: Any, axes: Any, args_rows: Any, outs_rows: Any)
 
 forward_p = primitive(
     "flax_lstm_forward",
-    forward,
-    on_cpu("forward"),
-    rows=((1, None, None, None, 0, 0, 0, 1), (1, 0, 0, 1, 1)),
+    statement.forward,
+    lambda x, kernel, recurrent_kernel, *_: (
+        *x.shape,
+        recurrent_kernel.shape[0],
+        x.dtype,
+    ),
+    rows=lowering.FORWARD_ROWS,
 )
 linear_p = primitive(
     "flax_lstm_linear",
-    linear,
-    linear,
+    statement.linear,
+    lambda *_: (0, 0, 0, 0, None),  # has no kernel
     rows=((1, None, None, None, 0, 0, 1, None, None, 0, 1, 1, 1, 0, 1), (1, 0, 0)),
 )
-transposed_p = primitive("flax_lstm_transposed", transposed, on_cpu("backward"))
+transposed_p = primitive(
+    "flax_lstm_transposed",
+    statement.transposed,
+    lambda d_hs, d_c, d_h, x, *_: (*x.shape, d_h.shape[1], x.dtype),
+)
 
 
-def transpose_linear(cotangents, *args, reverse):
+def transpose_linear(cotangents, *args, **options):
     """Binds the transposed loop; what was kept has no cotangents."""
     kept = args[6:]
     d_hs, d_c, d_h = (
         ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cotangents
     )
     wanted = ad.is_undefined_primal(args[0]) and args[0].aval.size > 0
-    outs = transposed_p.bind(d_hs, d_c, d_h, *kept, reverse=reverse, of_inputs=wanted)
+    arguments = vary_with((d_hs, d_c, d_h, *kept), ())
+    outs = transposed_p.bind(*arguments, of_inputs=wanted, **options)
     if not wanted:
         outs[0] = None
     return [*outs, *[None] * len(kept)]

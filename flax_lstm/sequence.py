@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from flax_lstm import cudnn, foreign
 from flax_lstm.cell import (
     LSTMParams,
     LSTMState,
@@ -31,9 +32,14 @@ from flax_lstm.cell import (
     zero_state,
 )
 from flax_lstm.checks import check_params, check_sequence, check_state
-from flax_lstm.choice import Explanation, Implementation, choose, explained
+from flax_lstm.choice import (
+    Explanation,
+    Implementation,
+    Request,
+    choose,
+    explained,
+)
 from flax_lstm.derivative import Options, recurrence
-from flax_lstm.foreign import recurrence as recurrence_of_kernel
 from flax_lstm.loop import (
     Given,
     chunk_length,
@@ -98,8 +104,9 @@ def lstm(
         cell state is carried in float32 at least.
       implementation: "scan" is `jax.lax.scan` differentiated by JAX, the reference.
         "xla" has a derivative arranged for speed (`flax_lstm.derivative`). "cpu" is a
-        kernel in C++ (`flax_lstm_kernels.cpu`). None chooses the fastest that can do
-        what was asked; see `explain`.
+        kernel in C++ (`flax_lstm_kernels.cpu`), "pallas" the kernel of the TPU or GPU
+        (`flax_lstm_kernels.tpu`, `.gpu`), "cudnn" JAX's binding of NVIDIA's. None
+        chooses the fastest that can do what was asked; see `explain`.
       unroll: Steps of the scan unrolled into one loop iteration.
       remat: Saves memory in reverse mode for one more run forward: what the derivative
         needs is kept for that many steps at a time; True for the square root of T.
@@ -114,7 +121,7 @@ def lstm(
         where time is symbolic.
     """
     call = prepared(params, inputs, state, lengths, resets, dtype)
-    over_time = OVER_TIME[choose(implementation, call)]
+    over_time = OVER_TIME[choose(implementation, Request(*call, resets is not None))]
     return over_time(
         *call,
         lengths=lengths,
@@ -168,7 +175,8 @@ def explain(
     def call(arrays: Any) -> Any:
         params, inputs, state, lengths, resets = arrays
         arguments = prepared(params, inputs, state, lengths, resets, dtype)
-        told.append(explained(implementation, arguments))
+        request = Request(*arguments, resets is not None)
+        told.append(explained(implementation, request))
         return lstm(
             params,
             inputs,
@@ -295,7 +303,31 @@ def lstm_by_xla(
     return final, flip(outputs, lengths) if reverse and not keep_order else outputs
 
 
-def lstm_by_cpu(
+def lstm_by_kernel(
+    params: LSTMParams, inputs: Array, state: LSTMState, **options: Any
+) -> tuple[LSTMState, Array]:
+    """Runs arguments that `prepared` returned by the kernel of the device."""
+    from flax_lstm_kernels import target
+
+    device = target.current()
+
+    def loop(reverse: bool, *arguments: Any) -> tuple[LSTMState, Array]:
+        # Inside shard_map the transpose of this sums the weights' gradients.
+        return foreign.recurrence(reverse, device, *vary_with(arguments, ()))
+
+    return by_loop(loop, params, inputs, state, **options)
+
+
+def lstm_by_cudnn(
+    params: LSTMParams, inputs: Array, state: LSTMState, **options: Any
+) -> tuple[LSTMState, Array]:
+    """Runs arguments that `prepared` returned by cuDNN."""
+    params = LSTMParams(*(leaf.astype(inputs.dtype) for leaf in params))
+    return by_loop(cudnn.recurrence, params, inputs, state, **options)
+
+
+def by_loop(
+    loop: Callable[..., tuple[LSTMState, Array]],
     params: LSTMParams,
     inputs: Array,
     state: LSTMState,
@@ -307,10 +339,9 @@ def lstm_by_cpu(
     unroll: int,
     remat: bool | int,
 ) -> tuple[LSTMState, Array]:
-    """Runs arguments that `prepared` returned by the C++ kernel of the CPU."""
+    """Runs a whole loop over time, which is called as `foreign.recurrence` is."""
     del unroll  # there is no scan
     steps, *batch, _ = inputs.shape
-    params = LSTMParams(*(leaf.astype(inputs.dtype) for leaf in params))
 
     def run(state: LSTMState, xs: Any) -> tuple[LSTMState, Array]:
         x, live, resets = xs
@@ -321,7 +352,7 @@ def lstm_by_cpu(
             else live.sum(0, dtype=jnp.int32)
         )
         resets = jnp.zeros((0, 0), jnp.uint8) if resets is None else resets
-        return recurrence_of_kernel(reverse, params, x, state, lengths, resets)
+        return loop(reverse, params, x, state, lengths, resets)
 
     def one_axis(array: Given, first: int) -> Given:
         return array.reshape(
@@ -331,10 +362,12 @@ def lstm_by_cpu(
     live = None if lengths is None else live_steps(steps, jnp.asarray(lengths))
     resets = None if resets is None else jnp.asarray(resets).astype(jnp.uint8)
     masks = (None if mask is None else one_axis(mask, 1) for mask in (live, resets))
+    xs = one_axis(inputs, 1), *masks
+    state = jax.tree.map(lambda leaf: one_axis(leaf, 0), state)
     final, outputs = in_chunks(
         run,
-        jax.tree.map(lambda leaf: one_axis(leaf, 0), state),
-        (one_axis(inputs, 1), *masks),
+        vary_with(state, (params, xs)),
+        xs,
         length=chunk_length(remat, steps),
         reverse=reverse,
     )
@@ -343,7 +376,13 @@ def lstm_by_cpu(
     return final, flip(outputs, lengths) if reverse and not keep_order else outputs
 
 
-OVER_TIME = {"scan": lstm_by_scan, "xla": lstm_by_xla, "cpu": lstm_by_cpu}
+OVER_TIME = {
+    "scan": lstm_by_scan,
+    "xla": lstm_by_xla,
+    "cpu": lstm_by_kernel,
+    "pallas": lstm_by_kernel,
+    "cudnn": lstm_by_cudnn,
+}
 
 
 def scan_cell(

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 # experiments are one node each. Every file stands here, with the nodes that it may
 # import: a new arrow is a decision, so it is written down.
 CORE = (
-    "cell loop checks choice foreign derivative sequence directions variants "
-    "dropout regularize"
+    "cell loop checks choice statement lowering foreign cudnn derivative sequence "
+    "directions variants dropout regularize"
 )
 MODULES = f"{CORE} config pooling embedding initializers layers nnx linen"
 WORK = "data batching optim mesh parallel train checkpoint"
@@ -31,9 +31,12 @@ ARROWS = {
     "loop": "",
     "checks": "cell loop",
     "choice": "loop kernels",
-    "foreign": "cell loop kernels",
+    "statement": "cell loop",
+    "lowering": "loop statement kernels",
+    "foreign": "cell loop lowering statement",
+    "cudnn": "cell choice loop",
     "derivative": "cell loop",
-    "sequence": "cell loop checks choice foreign derivative kernels",
+    "sequence": "cell loop checks choice cudnn foreign derivative kernels",
     "directions": "cell choice loop sequence",
     "regularize": "cell dropout sequence",
     "convert": "cell variants",

@@ -1,0 +1,315 @@
+"""What the primitives of `foreign` become on each platform: a kernel, or the statement.
+
+A kernel stands in for the statement where one exists for the platform of the program
+that is being made, and supports what is asked of it. The kernels of accelerators end
+going backward with dz, the gradient of the gates before activation; those of weights,
+bias and inputs are a product each of it, over all steps, made here.
+
+Axes     As in `statement`.
+Sharded  Rows are independent: on several devices under `jax.jit`, a kernel runs on the
+         rows that each of them holds. Sums over rows are added up over the devices.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Neither is public. Kernels are traced as if outside of `jax.shard_map`, which would
+# else demand of every array inside them that it name the mesh axes it varies over; and
+# `custom_partitioning` must be told the devices, also where it is met in a lowering.
+from jax._src.config import _check_vma
+from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax.core import ShapedArray
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from flax_lstm.loop import live_steps, select
+from flax_lstm.statement import previous
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Which axis of each argument and of each result of the loop forward, and of the kernels
+# backward, the rows are on; None for weights.
+FORWARD_ROWS = ((1, None, None, None, 0, 0, 0, 1), (1, 0, 0, 1, 1))
+BACKWARD_ROWS = ((1, 0, 0, 1, 1, None, 0, 1), (1, 0, 0))
+CPU_BACKWARD_ROWS = (
+    (1, 0, 0, 1, None, None, 0, 1, 1, 1, 0, 1),
+    (1, None, None, None, 0, 0),
+)
+# The dtype of the kept gates, by platform and computation dtype, where not float32.
+GATES = {("cuda", "bfloat16"): "float16", ("cuda", "float16"): "float16"}
+
+
+def gates_dtype(target: Any, dtype: Any) -> str:
+    """Returns the name of the dtype in which the kernel of a target keeps the gates."""
+    return GATES.get((target.platform, jnp.dtype(dtype).name), "float32")
+
+
+class Kernels(NamedTuple):
+    """The kernels that stand in for the statements of the same names.
+
+    Attributes:
+      forward: Called with the arguments of `statement.forward`, and `shared`.
+      transposed: With those of `statement.transposed`, and `shared`.
+    """
+
+    forward: Callable[..., Any]
+    transposed: Callable[..., Any]
+
+
+def kernels_for(
+    platform: str | None, target: Any, sizes: Any, dtype: Any, *, exported: bool
+) -> Kernels | None:
+    """Returns what stands in for the statements; None where nothing does.
+
+    Args:
+      platform: Of the program that is being made; None for any other.
+      target: Device that the implementation was chosen for.
+      sizes: T, B, I and H.
+      dtype: Computation dtype.
+      exported: Whether the program is to run elsewhere.
+    """
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return None
+    steps, rows, inputs, hidden = sizes
+    if target.interpret:
+        platform = target.platform
+    known = target.platform == platform and (target.named or not exported)
+    kind = target.kind if known else None
+    if platform == "cpu":
+        from flax_lstm_kernels import cpu
+
+        # An exported module may run where there is no compiler.
+        if exported or dtype != jnp.float32 or cpu.reason():
+            return None
+        return Kernels(cpu_forward, cpu_transposed)
+    if platform == "tpu":
+        from flax_lstm_kernels import tpu
+
+        if tpu.support(kind, dtype, hidden, steps=steps, rows=rows, inputs=inputs)[0]:
+            return None
+        module, options = tpu, {"kind": kind}
+    # The program for any GPU must run on those that are no Hopper, too.
+    elif platform == "cuda" and known:
+        from flax_lstm_kernels import gpu
+
+        if gpu.support(kind, dtype, hidden, steps=steps, rows=rows)[0]:
+            return None
+        module, options = gpu, {}
+    else:
+        return None
+    if target.interpret:
+        options["interpret"] = True
+    return Kernels(
+        partial(accelerator_forward, module, options),
+        partial(accelerator_transposed, module, options),
+    )
+
+
+def cpu_forward(*arrays, shared, gates_dtype, **options):
+    """Calls the C++ loop forward."""
+    from flax_lstm_kernels import cpu
+
+    del gates_dtype  # float32, as all else
+    x, *weights, c, h, lengths, resets = arrays
+    weights = (leaf.astype(x.dtype) for leaf in weights)
+    call = shared(partial(cpu.forward, **options), *FORWARD_ROWS)
+    return call(x, *weights, c, h, lengths, resets)
+
+
+def cpu_transposed(*arrays, shared, **options):
+    """Calls the C++ loop backward, which makes the products too."""
+    from flax_lstm_kernels import cpu
+
+    d_hs, d_c, d_h, x, kernel, recurrent_kernel, *others = arrays
+    weights = kernel.astype(x.dtype), recurrent_kernel.astype(x.dtype)
+    call = shared(partial(cpu.backward, **options), *CPU_BACKWARD_ROWS)
+    outs = call(d_hs, d_c, d_h, x, *weights, *others)
+    return [outs[0], *cast_weights(outs[1:4], kernel, recurrent_kernel), *outs[4:]]
+
+
+def accelerator_forward(module, given, *arrays, shared, gates_dtype, **options):
+    """Calls the kernel of a TPU or GPU forward."""
+    call = shared(partial(module.forward, **options, **given), *FORWARD_ROWS)
+    hs, c, h, gates, before = call(*arrays)
+    return [hs, c, h, gates.astype(gates_dtype), before]
+
+
+def accelerator_transposed(
+    module,
+    given,
+    d_hs,
+    d_c,
+    d_h,
+    x,
+    kernel,
+    recurrent_kernel,
+    h,
+    hs,
+    gates,
+    before,
+    lengths,
+    resets,
+    *,
+    shared,
+    reverse,
+    of_inputs,
+):
+    """Calls the kernel of a TPU or GPU backward, and makes the products."""
+    dtype, platform = x.dtype, module.__name__.split(".")[-1]
+    wide = jnp.float32
+    gates = gates.astype(GATES.get((PLATFORM_OF[platform], dtype.name), "float32"))
+    call = shared(partial(module.backward, reverse=reverse, **given), *BACKWARD_ROWS)
+    rounded = recurrent_kernel.astype(dtype)
+    d_z, d_c, d_h = call(
+        d_hs, d_c, d_h.astype(wide), gates, before, rounded, lengths, resets
+    )
+    # A TPU would round float32 operands to bfloat16, unlike its kernel. A GPU rounds
+    # them to tf32, like its kernel.
+    exact = platform == "tpu" and dtype == wide
+    product = partial(
+        jnp.einsum,
+        precision=lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=wide,
+    )
+    x = select(live_steps(x.shape[0], lengths), x, 0)
+    h_before = previous(hs, h, lengths, resets, reverse=reverse)
+    operand = d_z.astype(dtype)
+    weights = (
+        product("tbi,tbg->ig", x, operand),
+        product("tbh,tbg->hg", h_before, operand),
+        jnp.sum(d_z, (0, 1), dtype=wide),
+    )
+    d_x = jnp.zeros((0, 0, 0), dtype)
+    if of_inputs:
+        d_x = product("tbg,ig->tbi", operand, kernel.astype(dtype)).astype(dtype)
+    weights = cast_weights(weights, kernel, recurrent_kernel)
+    return [d_x, *weights, d_c, d_h.astype(dtype)]
+
+
+PLATFORM_OF = {"tpu": "tpu", "gpu": "cuda"}
+
+
+def cast_weights(gradients, kernel, recurrent_kernel):
+    """Casts the gradients of kernel, recurrent kernel and bias to the weights' dtypes.
+
+    The bias' is that of the kernel: see `foreign.recurrence`.
+    """
+    likes = kernel, recurrent_kernel, kernel
+    return [d.astype(like.dtype) for d, like in zip(gradients, likes, strict=True)]
+
+
+def over_devices(call: Callable, arrays_rows: Any, outs_rows: Any) -> Callable:
+    """Has each device call a function of arrays on the rows that it holds.
+
+    Args:
+      call: The function; its results without rows are sums over them.
+      arrays_rows: Which axis of each argument the rows are on; None for weights.
+      outs_rows: The same of each result.
+    """
+
+    def run(*arrays: Any) -> Any:
+        whole = custom_partitioning(lambda *arrays: tuple(call(*arrays)))
+
+        def factors(prefix: str, array: Any, rows: int | None) -> str:
+            return " ".join(
+                "rows" if axis == rows and array.size else f"{prefix}{axis}"
+                for axis in range(array.ndim)
+            )
+
+        outs = jax.eval_shape(call, *arrays)
+        left = [
+            factors(f"in{n}x", array, rows)
+            for n, (array, rows) in enumerate(zip(arrays, arrays_rows, strict=True))
+        ]
+        right = [
+            factors(f"out{n}x", out, rows)
+            for n, (out, rows) in enumerate(zip(outs, outs_rows, strict=True))
+        ]
+        names = " ".join([*left, *right]).split()
+        whole.def_partition(
+            partition,
+            sharding_rule=f"{', '.join(left)} -> {', '.join(right)}",
+            need_replication_factors=tuple(n for n in names if n != "rows"),
+        )
+        return whole(*arrays)
+
+    def partition(mesh: Any, arrays: Any, outs: Any) -> Any:
+        spec = arrays[0].sharding.spec
+        axes = spec[1] if len(spec) > 1 else None
+
+        def places(arrays: Any, rows: Any) -> Any:
+            return tuple(
+                NamedSharding(
+                    mesh,
+                    PartitionSpec(
+                        *[
+                            axes if axis == row and 0 not in array.shape else None
+                            for axis in range(len(array.shape))
+                        ]
+                    ),
+                )
+                for array, row in zip(arrays, rows, strict=True)
+            )
+
+        def local(*arrays: Any) -> Any:
+            results = call(*arrays)
+            if axes is None:
+                return tuple(results)
+            return tuple(
+                lax.psum(result, axes) if row is None else result
+                for result, row in zip(results, outs_rows, strict=True)
+            )
+
+        return mesh, local, places(outs, outs_rows), places(arrays, arrays_rows)
+
+    return run
+
+
+def register(primitive: Any, statement: Callable, sizes_of: Callable) -> None:
+    """Gives a primitive its lowering rules.
+
+    Args:
+      primitive: With the parameters of the statement, and `target`.
+      statement: A function of `statement`, with a kernel of the same name.
+      sizes_of: Returns T, B, I, H and the computation dtype, given the arguments.
+    """
+
+    def lower(platform: str | None, context: Any, *args, target, **options):
+        made_for = context.module_context
+        exported = made_for.lowering_parameters.for_export
+        *sizes, dtype = sizes_of(*context.avals_in)
+        kernels = kernels_for(platform, target, sizes, dtype, exported=exported)
+        if kernels is None:
+            runs = mlir.lower_fun(partial(statement, **options), multiple_results=True)
+            return runs(context, *args)
+        devices = getattr(made_for.axis_context, "num_devices", None) or 1
+        shared = over_devices if devices > 1 and not exported else alone
+        kernel = partial(getattr(kernels, statement.__name__), shared=shared, **options)
+        # Inside, nothing is known of the mesh axes over which arrays vary.
+        bare = context.replace(
+            avals_in=[ShapedArray(aval.shape, aval.dtype) for aval in context.avals_in],
+            avals_out=[
+                ShapedArray(aval.shape, aval.dtype) for aval in context.avals_out
+            ],
+        )
+        with _check_vma(False):
+            if target.interpret:
+                # The interpreter's callbacks keep an order of their own.
+                effects = jax.make_jaxpr(kernel)(*bare.avals_in).effects
+                bare = bare.replace(tokens_in=mlir.TokenSet.create(list(effects)))
+            return mlir.lower_fun(kernel, multiple_results=True)(bare, *args)
+
+    prim_requires_devices_during_lowering.add(primitive)
+    mlir.register_lowering(primitive, partial(lower, None))
+    for platform in PLATFORMS:
+        mlir.register_lowering(primitive, partial(lower, platform), platform=platform)
+
+
+def alone(call: Callable, arrays_rows: Any, outs_rows: Any) -> Callable:
+    """Takes the place of `over_devices` where there is one device."""
+    return call

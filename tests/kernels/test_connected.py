@@ -1,0 +1,91 @@
+"""`lstm(implementation="pallas")` from end to end, its kernels interpreted on this CPU.
+
+Values and gradients are held against NumPy float64 (`reference.py`).
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import reference
+from flax_lstm_kernels.target import on
+
+from flax_lstm import LSTMParams, LSTMState, lstm
+
+pytestmark = pytest.mark.kernels
+
+KINDS = {"tpu": "TPU v5e", "cuda": "9.0"}
+# Relative error ‖got - want‖ / ‖want‖ of outputs, gradients, and weight gradients.
+# float32: the roundings that other libraries show at T 64 (no interpreter multiplies in
+# tf32). bfloat16: what no library reaches that rounds more than operands and outputs.
+BARS = {
+    "float32": (4.4e-7, 8e-7, 8e-7),
+    "bfloat16": (3e-3, 4e-3, 4e-3),
+    "float16": (4e-4, 6e-4, 6e-4),
+}
+HURRY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def problem(dtype):
+    """Odd sizes; a row that ends before it starts; numbers that the dtype holds."""
+    steps, rows, size, hidden = 5, 11, 3, 21
+    keys = jax.random.split(jax.random.key(5), 6)
+    normal = jax.random.normal
+    params = LSTMParams(
+        normal(keys[0], (size, 4 * hidden)) / size**0.5,
+        normal(keys[1], (hidden, 4 * hidden)) / hidden**0.5,
+        normal(keys[2], (4 * hidden,)),
+    )
+    c, h = normal(keys[3], (2, rows, hidden))
+    x = normal(keys[4], (steps, rows, size))
+    lengths = jnp.array([5, 0, 1, 5, 3, 2, 4, 0, 5, 1, 2])
+    resets = jax.random.bernoulli(keys[5], 0.3, (steps, rows))
+    rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), params)
+    return rounded, x.astype(dtype), LSTMState(c, h.astype(dtype)), lengths, resets
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "reverse"),
+    [
+        ("tpu", "float32", True),
+        ("tpu", "bfloat16", False),
+    ],
+)
+def test_values_and_gradients_are_those_of_numpy(platform, dtype, reverse):
+    params, x, state, lengths, resets = problem(dtype)
+    options = {
+        "lengths": lengths,
+        "resets": resets,
+        "reverse": reverse,
+        "keep_order": True,
+    }
+    want = reference.lstm(params, x, state, **options)
+    keys = jax.random.split(jax.random.key(1), 2)
+    d_y = jax.random.normal(keys[0], want.outputs.shape).astype(dtype)
+    d_c, d_h = jax.random.normal(keys[1], (2, *want.c.shape))
+    d_h = d_h.astype(dtype)
+    dead = (jnp.arange(len(x))[:, None] >= lengths[None, :])[..., None]
+
+    def run(params, x, state):
+        def call(params, x, state):
+            return lstm(
+                params, x, state, implementation="pallas", dtype=x.dtype, **options
+            )
+
+        results, transpose = jax.vjp(call, params, x, state)
+        return results, transpose((LSTMState(d_c, d_h), d_y))
+
+    given = params, jnp.where(dead, jnp.nan, x), state
+    with on(platform, KINDS[platform], interpret=True):
+        compiled = jax.jit(run).lower(*given).compile(HURRY)
+        ((c, h), y), gradients = compiled(*given)
+    values, states, weights = BARS[dtype]
+    assert y.dtype == h.dtype == jnp.dtype(dtype)
+    for value, true in ((y, want.outputs), (c, want.c), (h, want.h)):
+        assert reference.error(value, true) < values
+    wanted = reference.backward(want, d_y, d_c, d_h)
+    d_params, d_x, d_state = gradients
+    for name, got in {"inputs": d_x, **d_state._asdict()}.items():
+        assert reference.error(got, wanted[name]) < states, name
+    for name, got in d_params._asdict().items():
+        assert got.dtype == jnp.float32
+        assert reference.error(got, wanted[name]) < weights, name
