@@ -73,6 +73,24 @@ def test_inside_shard_map_each_device_runs_its_rows(given, mesh):
 
 
 @needs_kernel
+def test_inside_shard_map_the_weights_may_be_what_differs(given, mesh):
+    params, batch = given
+    scales = jnp.arange(1.0, 5.0)
+
+    def of_device(scale, params):
+        params = jax.tree.map(lambda leaf: leaf * scale[0], params)
+        return jax.grad(loss)(params, batch).bias[None]
+
+    run = jax.shard_map(
+        of_device, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows")
+    )
+    got = run(scales, params)
+    for scale, bias in zip(scales, got, strict=True):
+        scaled = jax.tree.map(lambda leaf, scale=scale: leaf * scale, params)
+        close(bias, jax.grad(loss)(scaled, batch).bias)
+
+
+@needs_kernel
 def test_under_pmap_each_device_runs_its_rows(given):
     params, batch = given
     parts = {
