@@ -17,6 +17,7 @@ Axes     T time, B batch, I input size, H hidden size, G = 4H.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 
@@ -63,11 +64,13 @@ TPU = cases(
 HOPPER: list[Case] = []
 
 
-def lowered(case: Case, module: Any, sharding: Any, **options: Any) -> Any:
-    """Lowers a case for a device, for its compiler to be run on.
+def functions(
+    case: Case, module: Any, sharding: Any, **options: Any
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns the function of a case, and the shapes of its arguments.
 
     Args:
-      case: What to lower.
+      case: What is to run.
       module: Where its `forward` and `backward` are.
       sharding: Of all arguments; names the device.
       **options: Further keyword arguments of the function.
@@ -98,9 +101,17 @@ def lowered(case: Case, module: Any, sharding: Any, **options: Any) -> Any:
     h, bias = like(rows, hidden), like(4 * hidden)
     arguments = x, kernel, recurrent_kernel, bias, c, h, *masks
     if case.computes != "backward":
-        return jax.jit(forward).lower(*arguments)
+        return forward, arguments
     # The forward decides in which dtype it keeps.
     hs, *_, gates, before = (
         like(*of.shape, dtype=of.dtype) for of in jax.eval_shape(chosen, *arguments)
     )
-    return jax.jit(backward).lower(hs, c, c, gates, before, recurrent_kernel, *masks)
+    return backward, (hs, c, c, gates, before, recurrent_kernel, *masks)
+
+
+def lowered(case: Case, module: Any, sharding: Any, **options: Any) -> Any:
+    """Lowers a case, given as to `functions`, for its compiler to be run on."""
+    import jax
+
+    function, arguments = functions(case, module, sharding, **options)
+    return jax.jit(function).lower(*arguments)

@@ -62,7 +62,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel):
         for path in root.glob("flax_lstm*/**/*.py")
     }
     wanted |= {"flax_lstm/py.typed", "flax_lstm_kernels/py.typed"}
-    wanted |= {"flax_lstm_kernels/cpu/lstm.cc"}
+    wanted |= {"flax_lstm_kernels/cpu/lstm.cc", "flax_lstm_kernels/tuning.csv"}
     assert wanted <= set(names)
     assert f"{info}/licenses/LICENSE" in names
 

@@ -12,10 +12,12 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 
 from flax_lstm_kernels.gpu.arrange import UNITS, up
+from flax_lstm_kernels.tuning import Key, find
 
 Kernel = Literal["single", "cluster", "grid", "step"]
 Pass = Literal["forward", "backward"]
 
+HOPPER = "9.0"  # the compute capability that the kernels are for
 # Of an H100; CUDA C++ Programming Guide, "Technical Specifications", 9.0.
 BLOCKS = 132  # streaming multiprocessors
 SHARED_MEMORY = 227 << 10  # bytes of one block
@@ -107,9 +109,24 @@ def choose(sizes: Sizes) -> Plan:
     for planner in PLANNERS.values():
         found = planner(sizes)
         if isinstance(found, Plan):
-            return found
+            return tuned(found, sizes)
         reasons.append(found)
     raise NotImplementedError("; ".join(reasons))
+
+
+def tuned(plan: Plan, sizes: Sizes) -> Plan:
+    """Returns the plan that was measured to be better, if one was, in place of one."""
+    better: Any = find(
+        Key(
+            plan.kernel,
+            sizes.which,
+            HOPPER,
+            sizes.hidden,
+            sizes.rows,
+            sizes.itemsize,
+        )
+    )
+    return plan._replace(**better)
 
 
 class Support(NamedTuple):
@@ -142,7 +159,7 @@ def support(
     Plan(kernel='single', rows=8, stages=4, blocks=1)
     """
     dtype = jnp.dtype(dtype)
-    if kind not in (None, "9.0"):
+    if kind not in (None, HOPPER):
         return Support(
             f"the kernels are for compute capability 9.0 (Hopper); this is {kind}", None
         )

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
+from flax_lstm_kernels.tuning import Key, find
+
 LANES = 128
 # VMEM bytes of one core, by `device_kind`; jax.experimental.pallas.tpu.TpuInfo.
 VMEM = {
@@ -72,11 +74,6 @@ class Sizes(NamedTuple):
     keep: bool
 
 
-# (pass, H in lanes, itemsize): rows and steps that are better than the heuristic's, and
-# the results file that says so. Nothing has run on hardware yet: there is none.
-TUNED: dict[tuple[Pass, int, int], tuple[int, int]] = {}
-
-
 def up(size: int, multiple: int) -> int:
     """Rounds up to a multiple.
 
@@ -131,12 +128,11 @@ def plans(which: Pass, sizes: Sizes, kind: str | None) -> list[Plan]:
     steps = MAX_STEPS
     while steps > 4 and steps * rows * hidden > 8 * 64 * 512:
         steps //= 2
-    tuned = TUNED.get((which, hidden, sizes.itemsize))
-    if tuned is not None:
-        rows, steps = min(sizes.rows, tuned[0]), tuned[1]
     # Panels as wide as the widest matrix unit, 256, where that divides H.
     widths = [width for width in (256, LANES) if hidden % width == 0]
-    found = []
+    key = Key("tpu", which, kind or "any", hidden, sizes.rows, sizes.itemsize)
+    tuned: Any = find(key)
+    found = [Plan(**tuned)] if tuned else []
     tiles = [rows] + [r for r in (128, 64, 32, 16) if r < rows and r % whole == 0]
     # Weights that stay are worth more than long tiles, those more than many steps.
     for streamed in (False, True):
