@@ -121,13 +121,13 @@ class Examples:
         JAX would take the last word's vector, or NaN, for an id beyond it, in silence.
 
         Raises:
-          ValueError: If an id is negative or `vocabulary_size` or more; names its row.
+          UserError: If an id is negative or `vocabulary_size` or more; names its row.
         """
         wrong = (self.tokens < 0) | (self.tokens >= vocabulary_size)
         if np.any(wrong):
             place = int(np.argmax(wrong))
             row = int(np.searchsorted(self.offsets, place, side="right")) - 1
-            raise ValueError(
+            raise UserError(
                 f"token id {self.tokens[place]} in row {row} is outside the vocabulary "
                 f"of {vocabulary_size} words; expected 0 to {vocabulary_size - 1}. Is "
                 "it of another tokenizer?"

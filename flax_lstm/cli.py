@@ -43,6 +43,7 @@ from flax_lstm.commands.terminal import (
     say,
 )
 from flax_lstm.commands.training import DEMO_TEXTS, train
+from flax_lstm.commands.usage import check_given_once, one_line
 from flax_lstm.config import PRESETS, Config, UserError
 from flax_lstm.environment import use_compilation_cache
 from flax_lstm.host_memory import keep_freed_memory
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = process_start() if argv is None else time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    for name in ("stdout", "stderr"):  # None where they were closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 as they are kept
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows little
             stream.reconfigure(errors="backslashreplace")
@@ -96,12 +100,18 @@ def parse(argv: Sequence[str]) -> Command | None:
     Preset, configuration file and flags are put over each other in this order.
 
     Raises:
-      UserError: If the configuration file is wrong.
-      SystemExit: On `--help` (0) and on wrong arguments (2).
+      UserError: If an argument or the configuration file is wrong.
+      SystemExit: On `--help`, with 0.
     """
+    with one_line():
+        return _parse(argv)
+
+
+def _parse(argv: Sequence[str]) -> Command | None:
     if argv[:1] == ["--version"]:
         print(f"flax-lstm {importlib.metadata.version('flax-lstm')}")
         return None
+    check_given_once(argv)
     settings = Config()
     if argv[:1] == ["train"]:
         start, _ = tyro.cli(

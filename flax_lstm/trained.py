@@ -27,6 +27,9 @@ from flax_lstm.settings import (
 )
 from flax_lstm.train import evaluate, make_eval_step
 
+SUMMARISED = {"tokenizer", "label_names", "data", "result"}
+"""What is needed of the summary of a run."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -84,6 +87,11 @@ class Run:
         folder = Path(folder).resolve()
         config = recorded_config(folder)
         summary = files.read_json(folder / files.SUMMARY)
+        if not isinstance(summary, dict) or not summary.keys() >= SUMMARISED:
+            raise UserError(
+                f"{folder / files.SUMMARY} is damaged: it needs "
+                f"{', '.join(sorted(SUMMARISED))}; restore it, or train again."
+            )
         tokenizer = data.TextTokenizer.load(folder / files.TOKENIZER)
         if tokenizer.fingerprint() != summary["tokenizer"]:
             raise UserError(

@@ -6,6 +6,7 @@ import pytest
 from command_lines import error_of
 
 from flax_lstm import cli
+from flax_lstm.commands import answers, texts
 from flax_lstm.config import Config
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -54,3 +55,29 @@ def test_an_argument_that_is_not_utf8_is_an_error(capsys, demo_folder):
     """Python hands such bytes over as lone surrogates."""
     said = error_of(capsys, "predict", str(demo_folder), "na\udcefve")
     assert "UTF-8" in said
+
+
+def test_texts_come_in_chunks_of_bounded_number_and_size(monkeypatch):
+    monkeypatch.setattr(texts, "CHUNK_CHARACTERS", 10)
+    got = list(texts.chunks(iter(["a", "b", "c", "x" * 11, "d"]), 2))
+    assert got == [["a", "b"], ["c", "x" * 11], ["d"]]
+    assert list(texts.chunks(iter([]))) == []
+
+
+def test_what_a_person_types_is_answered_line_by_line(capsys, monkeypatch, demo_folder):
+    """The second line is typed when the first has been answered."""
+    answered = []
+
+    def lines(file, name):
+        for line in ("lovely film", "awful film"):
+            answered.append(capsys.readouterr().out)
+            yield line
+
+    monkeypatch.setattr(texts, "lines", lines)
+    monkeypatch.setattr(answers, "typed", lambda given, path: not given and not path)
+    for command in ("predict", "trace"):
+        answered.clear()
+        assert cli.main([command, str(demo_folder)]) == 0
+        before, between = answered
+        assert (before, "lovely" in between) == ("", True)
+        assert "awful" in capsys.readouterr().out

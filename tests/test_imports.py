@@ -74,7 +74,7 @@ ARROWS = {
     "run": "config data checkpoint environment epochs events folder host_memory mesh "
     "model_state progress settings startup stopping train trained",
     "bench": f"{CORE} config convert environment host_memory",
-    "commands": "bench config events report run stopping trained",
+    "commands": "bench config events report run settings stopping trained",
     "cli": "bench commands config environment host_memory startup stopping",
     "kernels": "cell",
     "experiments": f"{MODULES} {WORK} convert environment events folder host_memory "

@@ -1,8 +1,9 @@
 """`evaluate`, `predict` and `trace`: what a trained run answers."""
 
+import itertools
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +12,11 @@ from rich.console import Console
 from flax_lstm import report
 from flax_lstm.commands.arguments import Evaluate, Predict, Trace
 from flax_lstm.commands.terminal import Screen
-from flax_lstm.commands.texts import chunks, texts_of
+from flax_lstm.commands.texts import CHUNK_TEXTS, chunks, texts_of, typed
 from flax_lstm.config import DataConfig, UserError
 
 if TYPE_CHECKING:
     from flax_lstm.trained import Prediction, Run
-
-CHUNK = 1024
-"""Texts predicted at a time, so that a stream of any length fits in memory."""
 
 
 def evaluate(command: Evaluate) -> None:
@@ -46,9 +44,10 @@ def predict(command: Predict) -> None:
     """Scores texts, a chunk at a time."""
     if command.texts and command.file is not None:
         raise UserError("give texts or --file, not both.")
+    asked = _asked(command.run, command.texts, command.file)
     run = _load(command.run)
     console = Screen()
-    for texts in chunks(texts_of(command.texts, command.file), CHUNK):
+    for texts in asked:
         for prediction in run.predict(texts):
             if command.format == "jsonl":
                 print(json_line(prediction))
@@ -62,8 +61,10 @@ def predict(command: Predict) -> None:
 
 def trace(command: Trace) -> None:
     """Shows running scores."""
+    asked = _asked(command.run, command.texts, None)
     run = _load(command.run)
-    show_traces(Screen(), run, texts_of(command.texts, None))
+    for texts in asked:
+        show_traces(Screen(), run, texts)
 
 
 def show_traces(console: Console, run: "Run", texts: Iterable[str]) -> None:
@@ -88,6 +89,22 @@ def json_line(prediction: "Prediction") -> str:
         ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8"),
         allow_nan=False,
     )
+
+
+def _asked(
+    folder: Path, given: Sequence[str], path: Path | None
+) -> Iterator[list[str]]:
+    """Yields the texts in chunks; what is wrong with the first is told before loading.
+
+    Raises:
+      UserError: If the folder holds no run, or the first texts cannot be read.
+    """
+    from flax_lstm.settings import recorded_config
+
+    recorded_config(folder)
+    most = 1 if typed(given, path) else CHUNK_TEXTS
+    found = chunks(texts_of(given, path), most)
+    return itertools.chain([next(found)], found)
 
 
 def _load(folder: Path) -> "Run":

@@ -1,7 +1,6 @@
 """Texts from the arguments, a file, or the standard input."""
 
 import codecs
-import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +8,11 @@ from typing import IO
 
 from flax_lstm.commands.terminal import say
 from flax_lstm.config import UserError
+
+MOST_LINE_BYTES = 2**26
+"""Of one text; a hundred novels. What has no line ends is not read into memory."""
+CHUNK_TEXTS, CHUNK_CHARACTERS = 1024, 2**24
+"""Texts predicted at a time, so that a stream of any length fits in memory."""
 
 
 def texts_of(given: Sequence[str], path: Path | None) -> Iterator[str]:
@@ -24,8 +28,12 @@ def texts_of(given: Sequence[str], path: Path | None) -> Iterator[str]:
                 f"cannot read {path}: {error.strerror}; expected a file of "
                 "texts, one on each line."
             ) from error
+    elif sys.stdin is None:
+        raise UserError(
+            "the standard input is closed; give texts, --file, or an open input."
+        )
     else:
-        if sys.stdin.isatty():
+        if typed(given, path):
             say("reading texts, one on each line; Ctrl-D ends.")
         yield from lines(sys.stdin.buffer, "the standard input")
 
@@ -34,12 +42,19 @@ def lines(file: IO[bytes], name: str) -> Iterator[str]:
     r"""Yields the lines of a UTF-8 file without their ends (`\n` or `\r\n`).
 
     Raises:
-      UserError: If there is no line, or one holds a NUL byte or is not UTF-8.
+      UserError: If there is no line, or one is longer than `MOST_LINE_BYTES`, holds a
+        NUL byte or is not UTF-8.
     """
     number = 0
-    for number, line in enumerate(file, 1):
+    while line := file.readline(MOST_LINE_BYTES + 1):
+        number += 1
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MOST_LINE_BYTES:
+            raise UserError(
+                f"line {number} of {name} is longer than {MOST_LINE_BYTES // 2**20} "
+                "MiB; expected one text on each line."
+            )
         if b"\0" in line:
             raise UserError(
                 f"line {number} of {name} holds a NUL byte; expected UTF-8 text. Is it "
@@ -73,7 +88,19 @@ def argument_text(text: str) -> str:
     return text
 
 
-def chunks(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    """Yields lists of `size` texts and a last one with the rest."""
-    while chunk := list(itertools.islice(texts, size)):
+def typed(given: Sequence[str], path: Path | None) -> bool:
+    """Says whether `texts_of` reads what a person types, who waits for each answer."""
+    return not given and path is None and sys.stdin is not None and sys.stdin.isatty()
+
+
+def chunks(texts: Iterator[str], most: int = CHUNK_TEXTS) -> Iterator[list[str]]:
+    """Yields the texts in lists of a bounded size, `most` texts in each at the most."""
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if len(chunk) == most or size > CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk

@@ -29,3 +29,14 @@ def straight_run(source, tmp_path_factory, compilation_cache) -> Callable:
         return done[argv]
 
     return train
+
+
+@pytest.fixture
+def no_compile(monkeypatch) -> None:
+    """Fails the test as soon as JAX would compile a program."""
+    from jax._src import compiler
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a program was to be compiled")
+
+    monkeypatch.setattr(compiler, "compile_or_get_cached", refuse)

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fault_runs import run as flax_lstm
+from command_lines import error_of
 from small_runs import make_config
 
 from flax_lstm import data
@@ -414,23 +414,14 @@ def test_duplicate_texts_across_parts_are_counted_and_told(tmp_path, capsys):
     assert sum(also["test"].values()) >= 7
 
 
-NO_COMPILE = """
-import jax._src.compiler
-def compile(*arguments, **options):
-    raise AssertionError("a program was compiled")
-jax._src.compiler.compile_or_get_cached = compile
-"""
-
-
-def test_fault_in_the_last_row_of_a_large_file_is_told_before_training(tmp_path):
+def test_fault_in_the_last_row_of_a_large_file_is_told_before_training(
+    tmp_path, capsys, no_compile
+):
     """Before anything is compiled, and nothing is left behind."""
     row = "good " * 50 + ",1\n" + "bad " * 50 + ",0\n"
     rows = 10_000_000 // len(row)
     (tmp_path / "f.csv").write_text("text,label\n" + row * rows + "x,zero\n")
-    out = ("--out", str(tmp_path / "run"))
-    ended = flax_lstm(
-        "train", "--data", str(tmp_path / "f.csv"), *out, fault=NO_COMPILE
-    )
-    assert ended.code == 2
-    assert f"line {2 * rows + 2} of " in ended.message()
+    argv = ("--data", str(tmp_path / "f.csv"), "--out", str(tmp_path / "run"))
+    said = error_of(capsys, "train", *argv)
+    assert f"line {2 * rows + 2} of " in said
     assert not (tmp_path / "run").exists()
