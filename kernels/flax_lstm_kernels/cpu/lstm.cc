@@ -54,8 +54,9 @@ struct Batch {
     return (reverse ? length(b) - 1 - s : s) * B + b;
   }
   bool reset(int64_t b, int64_t s) const { return resets && resets[at(b, s)]; }
-  void clear_padding(float* out, int64_t width) const {
-    for (int64_t b = 0; b < B; b++)
+  // Of every `step`-th row from `first` on.
+  void clear_padding(float* out, int64_t width, int64_t first, int64_t step) const {
+    for (int64_t b = first; b < B; b += step)
       for (int64_t t = length(b); t < T; t++)
         std::memset(out + (t * B + b) * width, 0, width * sizeof(float));
   }
@@ -215,7 +216,9 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
   for (int64_t p = 0; p < P; p++)
     pack_gates(bias.typed_data(), 1, H, p, call.biases + p * WIDTH);
   std::memcpy(call.cT, c0.typed_data(), B * H * sizeof(float));  // carried in place
-  batch.clear_padding(call.hs, H);
+  const std::vector<Range> fresh{{call.hs, T * B * H},
+                                 {call.before, keep ? T * B * H : 0},
+                                 {call.gates, keep ? T * B * 4 * H : 0}};
   auto finish = [&] {
     for (int64_t b = 0; b < B; b++) {
       const int64_t n = batch.length(b);
@@ -227,6 +230,7 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
   const int64_t tasks = std::min(P, threads);  // that share the panels
   if (few(batch)) {
     call.projected.resize(B * (4 * H + LANES));
+    batch.clear_padding(call.hs, H, 0, 1);
     if (S)
       run(threads, std::vector<int64_t>(2 * S, tasks),
           [&](int64_t phase, int64_t task) {
@@ -244,8 +248,10 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
   };
   if (split_rows(B, threads)) {
     call.kernel.resize(P * I * WIDTH);
-    run(threads, {P, threads}, [&](int64_t phase, int64_t task) {
-      if (phase == 0) return pack(task);
+    run(threads, {threads, threads, P, threads}, [&](int64_t phase, int64_t task) {
+      if (phase == 0) return touch(fresh, task, threads);
+      if (phase == 1) return batch.clear_padding(call.hs, H, task, threads);
+      if (phase == 2) return pack(task);
       const Share share{batch, task, threads};
       for (int64_t s = 0; s < S; s++) call.step(share, s, 0, P);
     });
@@ -254,7 +260,7 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
   // The inputs of a chunk of steps are projected at once: one read of the kernel.
   call.chunk = std::clamp<int64_t>(512 / B, 1, std::max<int64_t>(S, 1));
   call.projected.resize(call.chunk * B * P * WIDTH);
-  std::vector<int64_t> counts{P}, start{0};
+  std::vector<int64_t> counts{threads, threads, P}, start{0, 0, 0};
   for (int64_t s = 0; s < S; s++) {
     if (s % call.chunk == 0) {
       counts.push_back(P);
@@ -265,7 +271,9 @@ static ffi::Error forward(ffi::ThreadPool pool, F32 x, F32 kernel, F32 recurrent
   }
   run(threads, counts, [&](int64_t phase, int64_t task) {
     const int64_t s = start[phase];
-    if (phase == 0) return pack(task);
+    if (phase == 0) return touch(fresh, task, threads);
+    if (phase == 1) return batch.clear_padding(call.hs, H, task, threads);
+    if (phase == 2) return pack(task);
     if (s < 0) return call.project(-1 - s, std::min(call.chunk, S - (-1 - s)), task);
     call.step({batch, 0, 1}, s, P * task / tasks, P * (task + 1) / tasks);
   });
@@ -281,8 +289,8 @@ struct Backward {
   const float *dhs, *dhT, *x, *h0, *hs, *gates, *before;
   float *dx, *dkernel, *drecurrent, *dbias;  // dx null when not wanted
   float *dc, *dh0;  // dc [B][H] is carried in place and ends as that of c0
-  Floats recurrent, kernel, zeros;
-  Floats dz;       // [2][rows of the longest chunk][4H]: this chunk and the one before
+  Floats recurrent, zeros;
+  Floats dz;       // [rows of the longest chunk][4H]
   Floats factors;  // [I + H][rows of the chunk]: inputs and h before, transposed
   std::vector<int64_t> where;  // row of dz at which a step begins
   const float *w, *r;          // the kernels as they lie
@@ -376,20 +384,31 @@ struct Backward {
     transpose(&xs[r], n, I, factors + r, listed());
     transpose(&hs_before[r], n, batch.H, factors + I * listed() + r, listed());
   }
-  // Adds the listed rows to the gradient of the weights and the bias, columns of panel
-  // p; rows m0 to m1 of [I + H].
-  void weights(int64_t p, int64_t m0, int64_t m1, bool first) {
+  // Adds the listed rows to the gradient of the weights and the bias, columns of panels
+  // p0 to p1; rows m0 to m1 of [I + H].
+  void weights(int64_t p0, int64_t p1, int64_t m0, int64_t m1, bool first) {
+    const int64_t n = listed(), group = 8 * ROWS;
+    static thread_local Floats copy;
+    copy.resize((p1 - p0) * n * WIDTH);
+    for (int64_t p = p0; p < p1; p++) {
+      const int64_t at = p * WIDTH, width = std::min<int64_t>(WIDTH, 4 * batch.H - at);
+      float* panel = copy + (p - p0) * n * WIDTH;
+      for (int64_t r = 0; r < n; r++) {
+        if (width < WIDTH) clear_row(panel + r * WIDTH);
+        std::memcpy(panel + r * WIDTH, dzs[r] + at, width * sizeof(float));
+      }
+      if (m0 == 0 && m1 > 0)
+        for (int64_t r = 0; r < n; r++)
+          for (int64_t j = 0; j < width; j++) dbias[at + j] += panel[r * WIDTH + j];
+    }
+    // A few rows of `factors` at a time, which stay in the cache for all panels.
+    for (int64_t m = m0; m < m1; m += group)
+      for (int64_t p = p0; p < p1; p++)
+        weights_tile(p, m, std::min(m + group, m1), copy + (p - p0) * n * WIDTH, first);
+  }
+  void weights_tile(int64_t p, int64_t m0, int64_t m1, const float* panel, bool first) {
     const int64_t H = batch.H, n = listed(), at = p * WIDTH;
     const int64_t width = std::min<int64_t>(WIDTH, 4 * H - at);
-    static thread_local Floats copy;
-    float* panel = copy.resize(n * WIDTH);
-    for (int64_t r = 0; r < n; r++) {
-      if (width < WIDTH) clear_row(panel + r * WIDTH);
-      std::memcpy(panel + r * WIDTH, dzs[r] + at, width * sizeof(float));
-    }
-    if (m0 == 0 && m1 > 0)
-      for (int64_t r = 0; r < n; r++)
-        for (int64_t j = 0; j < width; j++) dbias[at + j] += panel[r * WIDTH + j];
     const float** a = rows_of(0, m1 - m0);
     for (int64_t m = m0; m < m1; m++) a[m - m0] = factors + m * n;
     auto out = [&](int64_t r) {
@@ -405,10 +424,13 @@ struct Backward {
         },
         [&](int64_t r, float* z) { std::memcpy(out(r), z, width * sizeof(float)); });
   }
-  // Gradient of the listed rows' inputs, columns of panel p.
+  // Gradient of the listed rows r0 to r1's inputs, columns of panel p, which is packed
+  // anew for each chunk: all panels at once would be as large as the kernel.
   void inputs(int64_t p, int64_t r0, int64_t r1) {
     const int64_t at = p * WIDTH, width = std::min<int64_t>(WIDTH, I - at);
-    const Factor factor{4 * batch.H, dzs.data() + r0, kernel + p * 4 * batch.H * WIDTH};
+    static thread_local Floats panel;
+    pack_transposed(w, I, 4 * batch.H, p, panel.resize(4 * batch.H * WIDTH));
+    const Factor factor{4 * batch.H, dzs.data() + r0, panel + 0};
     product(
         r1 - r0, &factor, 1, [](int64_t, float* z) { clear_row(z); },
         [&](int64_t r, float* z) {
@@ -466,26 +488,26 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
   int64_t longest = 0;
   for (int64_t s1 = S; s1 > 0; s1 = chunks.back().s0) {
     int64_t s0 = s1, rows = 0;
-    while (s0 > 0 && rows < target) rows += batch.alive[--s0];
+    while (s0 > 0 && (rows < target || s1 - s0 == 1 || s0 == 1))
+      rows += batch.alive[--s0];
     chunks.push_back({s0, s1, rows});
     longest = std::max(longest, rows);
   }
+  // All chunks lie in the same rows. The first step of one is read by the last of the
+  // next, which lies behind it: no chunk that has another has only one step.
   call.where.assign(S + 1, 0);
-  for (std::size_t i = 0; i < chunks.size(); i++) {
-    int64_t row = i % 2 * longest;
-    for (int64_t s = chunks[i].s0; s < chunks[i].s1; s++) {
+  for (const Chunk& chunk : chunks) {
+    int64_t row = 0;
+    for (int64_t s = chunk.s0; s < chunk.s1; s++) {
       call.where[s] = row;
       row += batch.alive[s];
     }
   }
   const bool direct = few(batch);
   call.w = kernel.typed_data(), call.r = recurrent.typed_data();
-  if (!direct) {
-    call.recurrent.resize(P * 4 * H * WIDTH);
-    call.kernel.resize(PI * 4 * H * WIDTH);
-  }
+  if (!direct) call.recurrent.resize(P * 4 * H * WIDTH);
   std::memset(call.zeros.resize(H + LANES), 0, (H + LANES) * sizeof(float));
-  call.dz.resize(2 * longest * 4 * H);
+  call.dz.resize(longest * 4 * H);
   if (!direct) call.factors.resize((I + H) * longest);
   std::memcpy(call.dc, dcT.typed_data(), B * H * sizeof(float));
   if (S == 0) {
@@ -493,15 +515,22 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
     std::memset(call.drecurrent, 0, H * 4 * H * sizeof(float));
   }
   std::memset(call.dbias, 0, 4 * H * sizeof(float));
-  if (call.dx) batch.clear_padding(call.dx, I);
+  const std::vector<Range> fresh{{call.dx, call.dx ? T * B * I : 0},
+                                 {call.dkernel, S ? I * 4 * H : 0},
+                                 {call.drecurrent, S ? H * 4 * H : 0},
+                                 {call.dz + 0, longest * 4 * H}};
 
   const bool by_rows = split_rows(B, threads);
   const int64_t parts = std::max<int64_t>(1, threads / PZ);  // of the weights' rows
-  const int64_t block = 8 * ROWS;                            // rows of a task of dx
-  enum Kind { PACK, LOOP, STEP, LIST, TURN, PRODUCTS, DIRECT };
+  // Panels of the weights that a task takes together, as they read the same rows; and
+  // parts of the rows of dx, no more than the threads need: each packs its panel anew.
+  const int64_t together = PZ >= 16 * threads ? 4 : 1;
+  const int64_t sets = (PZ + together - 1) / together;
+  const int64_t dx_parts = PI ? (2 * threads + PI - 1) / PI : 0;
+  enum Kind { TOUCH, CLEAR, PACK, LOOP, STEP, LIST, TURN, PRODUCTS, DIRECT };
   struct Phase { Kind kind; int64_t s0, s1; };
-  std::vector<Phase> phases{{PACK, 0, 0}};
-  std::vector<int64_t> counts{direct ? 0 : P + PI};
+  std::vector<Phase> phases{{TOUCH, 0, 0}, {CLEAR, 0, 0}, {PACK, 0, 0}};
+  std::vector<int64_t> counts{threads, call.dx ? threads : 0, direct ? 0 : P};
   auto add = [&](Kind kind, int64_t s0, int64_t s1, int64_t tasks) {
     phases.push_back({kind, s0, s1});
     counts.push_back(tasks);
@@ -518,19 +547,18 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
       continue;
     }
     add(TURN, s0, s1, (rows + WIDTH - 1) / WIDTH);
-    add(PRODUCTS, s0, s1, PZ * parts + (PI ? (rows + block - 1) / block : 0));
+    add(PRODUCTS, s0, s1, sets * parts + PI * dx_parts);
   }
   through(-1, 0);
 
   run(threads, counts, [&](int64_t phase, int64_t task) {
     const auto [kind, s0, s1] = phases[phase];
     switch (kind) {
+      case TOUCH: return touch(fresh, task, threads);
+      case CLEAR: return batch.clear_padding(call.dx, I, task, threads);
       case PACK:
-        if (task < P)
-          return pack_transposed(recurrent.typed_data(), H, 4 * H, task,
-                                 call.recurrent + task * 4 * H * WIDTH);
-        return pack_transposed(kernel.typed_data(), I, 4 * H, task - P,
-                               call.kernel + (task - P) * 4 * H * WIDTH);
+        return pack_transposed(recurrent.typed_data(), H, 4 * H, task,
+                               call.recurrent + task * 4 * H * WIDTH);
       case LOOP:
         for (int64_t s = s1 - 1; s >= s0; s--)
           call.step({batch, task, threads}, s, 0, P);
@@ -547,15 +575,14 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
       case LIST: return call.list(s0, s1);
       case TURN: return call.turn(task);
       case PRODUCTS: {
-        if (task < PZ * parts) {
+        if (task < sets * parts) {
           const int64_t part = task % parts, M = I + H;
-          return call.weights(task / parts, M * part / parts, M * (part + 1) / parts,
-                              s1 == S);
+          const int64_t p = task / parts * together;
+          return call.weights(p, std::min(p + together, PZ), M * part / parts,
+                              M * (part + 1) / parts, s1 == S);
         }
-        const int64_t r0 = (task - PZ * parts) * block;
-        for (int64_t p = 0; p < PI; p++)
-          call.inputs(p, r0, std::min(r0 + block, call.listed()));
-        return;
+        const int64_t at = task - sets * parts, n = call.listed(), part = at / PI;
+        return call.inputs(at % PI, n * part / dx_parts, n * (part + 1) / dx_parts);
       }
     }
   });
