@@ -19,7 +19,9 @@ needs_kernel = pytest.mark.skipif(
 
 # (T, B, I, H): one unit; units past a vector; the rows shared out over the threads; few
 # rows, the panels shared out, in two chunks of projected inputs; panels deeper than a
-# block; so few steps that the weights are not packed.
+# block; so few steps that the weights are not packed; so many rows that the backward
+# pass takes few steps at a time; so many units that it takes panels together, also
+# where there are eight threads.
 SHAPES = {
     "one": (7, 3, 1, 1),
     "odd": (6, 5, 3, 21),
@@ -29,6 +31,8 @@ SHAPES = {
     "deep backward": (2, 4, 6, 260),
     "step": (1, 1, 70, 70),
     "few": (2, 2, 5, 37),
+    "many rows": (5, 520, 3, 70),
+    "wide": (3, 4, 7, 1030),
 }
 
 
@@ -77,7 +81,7 @@ def test_values_and_gradients_are_those_of_numpy(shape, masks, reverse):
         return results, transpose((LSTMState(d_c, d_h), d_y))
 
     ((c, h), y), gradients = run(params, x, state)
-    # A few roundings of float32 on sums of at most 1040 terms, over 130 steps.
+    # A few roundings of float32 on sums of at most 4120 terms, over 130 steps.
     assert relative(y, want.outputs) < 1e-6
     assert relative(c, want.c) < 1e-6
     assert relative(h, want.h) < 1e-6

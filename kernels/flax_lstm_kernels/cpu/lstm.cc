@@ -524,7 +524,7 @@ static ffi::Error backward(ffi::ThreadPool pool, F32 dhs, F32 dcT, F32 dhT, F32 
   const int64_t parts = std::max<int64_t>(1, threads / PZ);  // of the weights' rows
   // Panels of the weights that a task takes together, as they read the same rows; and
   // parts of the rows of dx, no more than the threads need: each packs its panel anew.
-  const int64_t together = PZ >= 16 * threads ? 4 : 1;
+  const int64_t together = std::clamp<int64_t>(PZ / (4 * threads), 1, 4);
   const int64_t sets = (PZ + together - 1) / together;
   const int64_t dx_parts = PI ? (2 * threads + PI - 1) / PI : 0;
   enum Kind { TOUCH, CLEAR, PACK, LOOP, STEP, LIST, TURN, PRODUCTS, DIRECT };
