@@ -166,3 +166,14 @@ def test_programs_are_kept_unless_told_otherwise(tmp_path, flags, variables, kep
         env=clean | {name: v.format(tmp_path) for name, v in variables.items()},
     )
     assert done.stdout.strip() == kept.format(tmp_path), done.stderr
+
+
+def test_closed_streams_end_in_no_traceback():
+    """As `flax-lstm --version >&-`; Python then has None for the stream."""
+    code = (
+        "import sys; sys.stdout = sys.stderr = None\n"
+        "from flax_lstm.cli import main\n"
+        "sys.exit(main(['--version']) + 10 * main(['trian']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (20, b"", b"")
