@@ -28,6 +28,7 @@ __all__ = [
     "load",
     "races_found",
     "transposed",
+    "watched",
 ]
 
 
@@ -43,8 +44,19 @@ def transposed(ref: Any) -> Any:
     return ref.T if NEW_LOADS else plgpu.transpose_ref(ref, (1, 0))
 
 
+def watched() -> InterpretGPUParams:
+    """Returns the interpreter that fills memory with NaN and looks for races.
+
+    It notes them for `races_found`, and goes on.
+    """
+    options: dict[str, Any] = {"uninitialized_memory": "nan", "detect_races": True}
+    if jax.__version_info__ >= (0, 12):
+        options["on_race"] = "warn"  # before, it always did
+    return InterpretGPUParams(**options)
+
+
 def races_found() -> bool:
-    """Says whether the last interpreted kernel, told to look for races, had one."""
+    """Says whether the last kernel that was run by `watched` had a race."""
     # Not public in any version.
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 

@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from flax_lstm_kernels.gpu import single
+from flax_lstm_kernels.gpu import single, single_backward
 from flax_lstm_kernels.gpu.arrange import (
     UNITS,
     fill,
+    gates_apart,
     gates_joined,
     projected,
     up,
+    weights_in_out,
     weights_out_in,
 )
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
@@ -30,6 +32,7 @@ from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 __all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
 
 FORWARD = {"single": single.forward_pass}
+BACKWARD = {"single": single_backward.backward_pass}
 
 
 def device_kind() -> str | None:
@@ -108,6 +111,67 @@ def forward(
     )
 
 
-def backward(*args: Any, **options: Any) -> tuple[Array, ...]:
-    """Carries gradients back through time."""
-    raise NotImplementedError("single: the backward pass is not written yet")
+def backward(
+    d_hs: Float[Array, "T B H"],
+    d_c: Float[Array, "B H"],
+    d_h: Float[Array, "B H"],
+    gates: Float[Array, "T B G"],
+    before: Float[Array, "T B H"],
+    recurrent_kernel: Float[Array, "H G"],
+    lengths: Int[Array, " B"],
+    resets: UInt8[Array, "T B"] | UInt8[Array, "0 0"],
+    *,
+    reverse: bool,
+    plan: Plan | None = None,
+    interpret: Any = None,
+) -> tuple[Array, ...]:
+    """Carries gradients back through time.
+
+    Args:
+      d_hs: Gradient of the outputs; what stands past the lengths changes nothing.
+      d_c: Gradient of the final cell.
+      d_h: Gradient of the final output.
+      gates: As `forward` returned them.
+      before: As `forward` returned it.
+      recurrent_kernel: As in `forward`; its dtype is the computation dtype.
+      lengths: As in `forward`.
+      resets: As in `forward`.
+      reverse: As in `forward`.
+      plan: As in `forward`.
+      interpret: As in `forward`.
+
+    Returns:
+      `(d_z [T, B, 4H], d_c, d_h)`: the gradients of the gates before activation (0 past
+      the lengths) in the computation dtype, and of the initial state in float32.
+
+    Raises:
+      NotImplementedError: If no kernel can run.
+    """
+    steps, rows, hidden = d_hs.shape
+    dtype = recurrent_kernel.dtype
+    if plan is None:
+        sizes = Sizes("backward", steps, rows, hidden, dtype.itemsize)
+        plan = choose(sizes._replace(resets=bool(resets.size)))
+    filled, size = up(rows, plan.rows), up(hidden, UNITS * plan.blocks)
+
+    def tiles(array: Array, axis: int) -> Array:
+        return fill(fill(array, axis, filled), -1, size)
+
+    d_z, d_c, d_h = BACKWARD[plan.kernel](
+        tiles(d_hs.astype(dtype), 1),
+        tiles(d_c.astype(jnp.float32), 0),
+        tiles(d_h.astype(jnp.float32), 0),
+        fill(gates_apart(gates, size), 1, filled),
+        tiles(before, 1),
+        weights_in_out(recurrent_kernel, size),
+        fill(lengths, 0, filled),
+        resets,
+        reverse=reverse,
+        plan=plan,
+        interpret=interpret,
+    )
+    return (
+        gates_joined(d_z[:, :rows], hidden),
+        d_c[:rows, :hidden],
+        d_h[:rows, :hidden],
+    )

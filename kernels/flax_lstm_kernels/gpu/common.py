@@ -7,11 +7,13 @@ gates of its units. Memory has units last: tiles are turned on their way.
 Axes     N rows of the tile, 64 units.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flax_lstm.cell import squash
@@ -42,6 +44,49 @@ def hardware_sigmoid(x: Any) -> Any:
 def activated(z: Any, *, approximate: bool) -> tuple[Any, ...]:
     """Turns the four pre-activations into gates."""
     return squash(*z, sigmoid=hardware_sigmoid if approximate else jax.nn.sigmoid)
+
+
+class Slopes(NamedTuple):
+    """What the gradients of a step's output and cell are multiplied with.
+
+    The transpose of `flax_lstm.cell`'s update and activations, written out, for Mosaic
+    cannot lower what `jax.vjp` makes of them, and so that all but this is at hand when
+    the gradients come.
+    """
+
+    h_to_c: Any
+    to_z: tuple[Any, ...]
+    o: Any
+    f: Any
+
+    @classmethod
+    def of(cls, gates: tuple[Any, ...], c: Any) -> "Slopes":
+        """Prepares a step, given its gates and the cell it started from."""
+        i, f, g, o = gates
+        tanh_c = jnp.tanh(f * c + i * g)
+        return cls(
+            h_to_c=o * (1 - tanh_c * tanh_c),
+            to_z=(g * i * (1 - i), c * f * (1 - f), i * (1 - g * g)),
+            o=tanh_c * o * (1 - o),
+            f=f,
+        )
+
+    def apply(self, d_h: Any, d_c: Any) -> tuple[list[Any], Any]:
+        """Returns `([dz_i, dz_f, dz_g, dz_o], dc)`, dc that of the cell before.
+
+        Args:
+          d_h: Gradient of the step's output.
+          d_c: Gradient of its cell, as far as it does not come from the output.
+        """
+        d_c = d_c + d_h * self.h_to_c
+        return [*(d_c * slope for slope in self.to_z), d_h * self.o], d_c * self.f
+
+
+def meet(barrier: Any, groups: int) -> None:
+    """Waits for all warpgroups; each then sees what the others stored and committed."""
+    if groups > 1:
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
 
 
 class Registers(NamedTuple):
@@ -93,31 +138,42 @@ class Registers(NamedTuple):
             value = compat.load(ref, plgpu.Layout.WGMMA.reduce(0))
         return lax.broadcast_in_dim(value, (UNITS, *value.shape), (1,))
 
-    def multiply(self, sums: tuple[Any, ...], weights: Any, tiles: list[Any]) -> None:
-        """Starts `sums[n] += weights[n] [64, K] @ tiles^T [K, N]`, one for each n.
+    def sums(
+        self, pairs: list[list[tuple[Any, Any]]], meanwhile: Callable[[], Any]
+    ) -> tuple[tuple[Any, ...], Any]:
+        """Multiplies; returns the sums `[64, N]` and what `meanwhile` returned.
 
         Args:
-          sums: Accumulators `[64, N]`.
-          weights: For each sum and tile, a reference `[64, 64]`.
-          tiles: References `[N, 64]`; side by side they are `[N, K]`.
+          pairs: For each sum, its `(weights [64, 64], tile [N, 64])` in shared memory,
+            of which it is the sum of all `weights @ tile^T`, in float32.
+          meanwhile: What can be done while the products are on their way.
         """
-        for total, row in zip(sums, weights, strict=True):
-            for weight, tile in zip(row, tiles, strict=True):
-                plgpu.wgmma(total, weight, compat.transposed(tile))
+        rows = pairs[0][0][1].shape[0]
+        if self.plain:
+            found = meanwhile()
+            return tuple(plain_sum(pair) for pair in pairs), found
 
-    def product(self, weights: Any, tiles: list[Any]) -> tuple[Any, ...]:
-        """Returns what `multiply` sums up, for an interpreter without wgmma."""
+        def scope(*totals: Any) -> Any:
+            # In turn, so that a product need not wait for its sum's last one.
+            for column in zip(*pairs, strict=True):
+                for total, (weights, tile) in zip(totals, column, strict=True):
+                    plgpu.wgmma(total, weights, compat.transposed(tile))
+            found = meanwhile()
+            return tuple(total[...] for total in totals), found
 
-        def one(row: Any) -> Any:
-            parts = [
-                lax.dot_general(
-                    weight[...].astype(jnp.float32),
-                    tile[...].astype(jnp.float32),
-                    (((1,), (1,)), ((), ())),
-                    precision=lax.Precision.HIGHEST,
-                )
-                for weight, tile in zip(row, tiles, strict=True)
-            ]
-            return sum(parts[1:], parts[0])
+        totals = [plgpu.ACC((UNITS, rows), jnp.float32)] * len(pairs)
+        return pl.run_scoped(scope, *totals)
 
-        return tuple(one(row) for row in weights)
+
+def plain_sum(pairs: list[tuple[Any, Any]]) -> Any:
+    """Returns one of `Registers.sums`, for an interpreter without turned operands."""
+    parts = [
+        lax.dot_general(
+            weights[...].astype(jnp.float32),
+            tile[...].astype(jnp.float32),
+            (((1,), (1,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+        )
+        for weights, tile in pairs
+    ]
+    return sum(parts[1:], parts[0])

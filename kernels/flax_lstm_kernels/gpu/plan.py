@@ -65,30 +65,26 @@ class Sizes(NamedTuple):
 
 
 def single_bytes(sizes: Sizes, rows: int, stages: int) -> int:
-    """Returns the shared memory that `single` asks for; see its scratch."""
+    """Returns the shared memory that `single` asks for: the sum of its scratch."""
     size, item = up(sizes.hidden, UNITS), sizes.itemsize
-    tile = rows * size
+    weights, tile = 4 * size * size * item, rows * size
     if sizes.which == "forward":
-        outputs = tile * (4 * item + 4 + item if sizes.keep else 4 + item)
-        return (
-            4 * size * size * item
-            + 2 * tile * item
-            + 4 * stages * tile * item
-            + (outputs)
-        )
-    inputs = tile * (4 * item + 4 + item)
-    return 4 * size * size * item + 2 * 4 * tile * item + stages * inputs
+        state, gates = 4 + item, 4 * item
+        kept = gates if sizes.keep else 0
+        return weights + tile * (2 * item + stages * gates + state + kept)
+    return weights + tile * (2 * 4 * item + stages * (4 * item + 4 + item) + 2 * 4)
 
 
 def plan_single(sizes: Sizes) -> Plan | str:
     """Plans `single`: a block per tile, with all weights in its shared memory."""
     # The smallest tiles that the device holds all at once: a step's time hardly
     # depends on their rows, so long as these are few.
-    rows = min(32, up(-(-sizes.rows // BLOCKS), ROWS))
-    for stages in (4, 3, 2):
-        needed = single_bytes(sizes, rows, stages)
-        if needed <= SHARED_MEMORY - SPARE:
-            return Plan("single", rows, stages)
+    most = min(32, up(-(-sizes.rows // BLOCKS), ROWS))
+    for rows in range(most, 0, -ROWS):
+        for stages in (4, 3, 2):
+            needed = single_bytes(sizes, rows, stages)
+            if needed <= SHARED_MEMORY - SPARE:
+                return Plan("single", rows, stages)
     return (
         f"single: {sizes.hidden} units of {sizes.itemsize} bytes need "
         f"{needed / 1024:.0f} KiB of shared memory; a block has "

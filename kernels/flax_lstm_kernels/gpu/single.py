@@ -31,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from flax_lstm.cell import update
 from flax_lstm_kernels import compat
 from flax_lstm_kernels.gpu.arrange import UNITS, kept_dtype, tile_ends, tile_resets
-from flax_lstm_kernels.gpu.common import Registers, activated, tiled
+from flax_lstm_kernels.gpu.common import Registers, activated, meet, tiled
 from flax_lstm_kernels.gpu.plan import Plan
 
 
@@ -70,12 +70,6 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
                 z_ready.at[group * plan.stages + slot],
             )
 
-    def synchronize() -> None:
-        """Lets all warpgroups see the h that each has stored."""
-        if groups > 1:
-            plgpu.barrier_arrive(step_done)
-            plgpu.barrier_wait(step_done)
-
     ready = loaded.at[group]
     for n in range(4):
         for k in range(groups):
@@ -91,7 +85,7 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
     plgpu.barrier_wait(ready)
     c_first = registers.load(c_tile.at[group])
     h_first = registers.load(h_pair.at[0, group])
-    synchronize()
+    meet(step_done, groups)
 
     def write(k: Any, out: Any, gates: Any, c_old: Any) -> None:
         """Sends off what a step leaves in memory; the tiles are free after `wait`."""
@@ -114,10 +108,10 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
     def step(k: Any, carry: Any) -> Any:
         c_old, h_old, last = carry
         t, now, slot = time(k), lax.rem(k, 2), lax.rem(k, plan.stages)
-        operands = (
-            [[weights.at[group, n, m] for m in range(groups)] for n in range(4)],
-            [h_pair.at[now, m] for m in range(groups)],
-        )
+        pairs = [
+            [(weights.at[group, n, m], h_pair.at[now, m]) for m in range(groups)]
+            for n in range(4)
+        ]
 
         def meanwhile() -> tuple[Any, Any]:
             """Does what does not wait for h; returns gates and resets of the step."""
@@ -130,18 +124,7 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
             slots = [z_slots.at[slot, group, n] for n in range(4)]
             return [registers.load(z, h_pair.dtype) for z in slots], fresh
 
-        if plain:
-            z, fresh = meanwhile()
-            recurrent = registers.product(*operands)
-        else:
-
-            def scope(*sums: Any) -> Any:
-                registers.multiply(sums, *operands)
-                given = meanwhile()
-                return *given, tuple(total[...] for total in sums)
-
-            sums = [plgpu.ACC((UNITS, plan.rows), jnp.float32)] * 4
-            z, fresh, recurrent = pl.run_scoped(scope, *sums)
+        recurrent, (z, fresh) = registers.sums(pairs, meanwhile)
         c_start = c_old
         if fresh is not None:
             recurrent = [jnp.where(fresh, 0.0, part) for part in recurrent]
@@ -154,7 +137,7 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
         h = jnp.where(live, h, h_old)
         registers.store(h_pair.at[1 - now, group], h)
         plgpu.commit_smem()
-        synchronize()
+        meet(step_done, groups)
         out = jnp.where(live, h, 0.0).astype(h_pair.dtype)
         gates = tuple(gate.astype(z_slots.dtype) for gate in gates)
         return c, h, (out, gates, c_start)
