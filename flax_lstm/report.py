@@ -179,18 +179,19 @@ def data_lines(name: str, summary: Mapping[str, Any]) -> list[str]:
             f"{part} {counts[positive] / max(rows[part], 1):.1%}"
             for part, counts in summary["classes"].items()
         ]
-        lines.append(
-            f"Labels: {labels['negative']} = 0, {positive} = 1 "
-            f"({positive}: {', '.join(shares)})"
-        )
+        names = [
+            str(number) if label == str(number) else f"{label} = {number}"
+            for number, label in enumerate([labels["negative"], positive])
+        ]
+        lines.append(f"Labels: {', '.join(names)} ({positive}: {', '.join(shares)})")
         if labels["rule"].startswith("alphabetical"):
             lines.append(f"Note: {positive} = 1 by {labels['rule']}")
     for part, earlier in summary.get("rows_also_in", {}).items():
         also = [f"{count:,} in {other}" for other, count in earlier.items() if count]
         if also:
             lines.append(
-                f"Note: of the {rows[part]:,} {part} rows {' and '.join(also)} word "
-                "for word"
+                f"Note: of the {rows[part]:,} {part} rows, {' and '.join(also)} as "
+                "well, word for word"
             )
     for what, counts in (
         ("cut to --max-length", summary.get("truncated", {})),

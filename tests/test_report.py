@@ -222,7 +222,7 @@ def test_what_a_person_should_know_of_the_data_is_told_and_no_more():
     }
     assert report.data_lines("FILE", plain | odd) == [
         *usual,
-        "Note: of the 4 test rows 3 in train and 1 in v word for word",
+        "Note: of the 4 test rows, 3 in train and 1 in v as well, word for word",
         "Note: 2 train, 1 test rows cut to --max-length",
         "Note: 1 test rows without any word",
         "Note: 6 rows without any word left out",
@@ -232,4 +232,10 @@ def test_what_a_person_should_know_of_the_data_is_told_and_no_more():
     guessed = plain | {"labels": plain["labels"] | {"rule": "alphabetical order"}}
     note = "Note: good = 1 by alphabetical order"
     assert report.data_lines("FILE", guessed) == [*usual, note]
+    numbers = plain | {
+        "labels": {"negative": "0", "positive": "1", "rule": "the larger"},
+        "classes": {"train": {"0": 5, "1": 5}, "test": {"0": 3, "1": 1}},
+    }
+    line = "Labels: 0, 1 (1: train 50.0%, test 25.0%)"
+    assert report.data_lines("FILE", numbers)[1] == line
     assert report.data_lines("demo", {}) == ["Data: demo"]
