@@ -265,6 +265,7 @@ def batches(
     epoch: int | None,
     start: int = 0,
     drop_remainder: bool | None = None,
+    local: slice | None = None,
 ) -> Iterator[Batch]:
     """Yields the batches of an epoch as NumPy arrays; see `batch_plan`.
 
@@ -276,6 +277,8 @@ def batches(
       epoch: Number of the epoch; None is a fixed order with nothing dropped.
       start: Number of batches to skip, to resume an epoch.
       drop_remainder: As in `batch_plan`.
+      local: Rows of each batch that this process feeds, where there are several; those
+        past the end of a short batch are filler rows. All when None.
     """
     plan = batch_plan(
         examples, lengths, config, seed=seed, epoch=epoch, drop_remainder=drop_remainder
@@ -284,9 +287,14 @@ def batches(
         raise ValueError(
             f"start must be 0 to {len(plan)}, the batches of this epoch; got {start}."
         )
+    local = local or slice(0, config.batch_size)
     for length, rows in plan[start:]:
         yield assemble(
-            examples, rows, length, config.batch_size, left=config.pipeline != "words"
+            examples,
+            rows[local],
+            length,
+            local.stop - local.start,
+            left=config.pipeline != "words",
         )
 
 

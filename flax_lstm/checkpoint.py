@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flax_lstm import distributed
 from flax_lstm.config import MOST_JSON_BYTES, UserError
 from flax_lstm.folder import write_json
 from flax_lstm.leaves import Leaf, describe, digest, place, to_host, with_digest
@@ -92,8 +93,9 @@ class Checkpoints:
             )
         if not read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for orphan in self.folder.glob(f"*{UNFINISHED}*"):
-                remove(orphan)
+            if distributed.is_first():
+                for orphan in self.folder.glob(f"*{UNFINISHED}*"):
+                    remove(orphan)
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._orbax = ocp.Checkpointer(
             ocp.CompositeCheckpointHandler(
@@ -317,9 +319,13 @@ class Checkpoints:
             for name, m in found.items():  # a chunk is decoded as a whole
                 if math.prod(m.storage.chunk_shape) > math.prod(m.shape):
                     raise ValueError(f"the chunks of {name} are larger than it is")
-            arrays = self._orbax.restore(
-                path, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored))
-            )["state"]
+            with distributed.watching():
+                arrays = self._orbax.restore(
+                    path,
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(stored)),
+                )["state"]
+        except distributed.LostProcessError:
+            raise
         except Exception as error:  # Orbax raises bare Exception for damaged files
             raise DamagedCheckpointError(
                 f"checkpoint {path} is damaged: it cannot be read ({first(error)})."
@@ -342,6 +348,7 @@ class Checkpoints:
         if jax.process_count() > 1:
             # Orbax's barriers are collectives, which cannot run beside a step's.
             self.wait()
+            distributed.barrier("saved")  # what is seen next is the same everywhere
 
     def _write(
         self,
@@ -365,11 +372,15 @@ class Checkpoints:
         self._prune()
 
     def _rewrite(self, step: int, record: dict[str, Any]) -> None:
+        if not distributed.is_first():
+            return
         write_json(self._record_path(step), record)
         self._prune()
 
     def _prune(self) -> None:
         """Deletes what need not be kept."""
+        if not distributed.is_first():
+            return
         steps = self.steps()
         keep = {*steps[-self.keep_last :], *self._ranking()[:1]}
         for step in steps:
@@ -381,7 +392,7 @@ class Checkpoints:
     def _set_aside(self, step: int, why: str) -> None:
         """Renames what lies where a step is to be saved; nothing of it is deleted."""
         source, n = self.folder / str(step), 0
-        if not source.exists():
+        if not source.exists() or not distributed.is_first():
             return
         while (target := self.folder / f"{why}-{step}-{n}").exists():
             n += 1

@@ -59,6 +59,16 @@ SIGNALS = {1: "hung up", 2: "interrupted", 15: "terminated"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    code = _run(argv)
+    if code and "jax" in sys.modules:
+        from flax_lstm import distributed
+
+        distributed.leave(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Runs the command line; says what went wrong."""
     started = process_start() if argv is None else time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv

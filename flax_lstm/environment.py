@@ -1,5 +1,6 @@
 """What a run ran on, for its record; and XLA's cache of compiled programs."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -41,6 +42,19 @@ def describe(devices: Sequence[Any]) -> dict[str, Any]:
         "packages": {name: installed(name) for name in PACKAGES},
         "commit": commit(),
         "x64": jax.dtypes.canonicalize_dtype("float64").name == "float64",
+    }
+
+
+def code() -> dict[str, Any]:
+    """Returns what must be the same in all processes that compute one thing."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return {
+        "packages": {name: installed(name) for name in PACKAGES},
+        "source": digest.hexdigest(),
+        "x64": jax.dtypes.canonicalize_dtype("float64").name == "float64",
+        "backend": jax.default_backend(),
     }
 
 

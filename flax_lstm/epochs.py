@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 import jax
-import numpy as np
 
 from flax_lstm import data
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config
+from flax_lstm.distributed import several
 from flax_lstm.events import EpochDone, Event, StepDone
 from flax_lstm.folder import write_line
 from flax_lstm.progress import Progress, merit
@@ -81,6 +81,7 @@ class Trainer:
         self._began = self._reported = self._saved = self.clock()
         self._saved_step = -1
         self._tokens = 0
+        self._agreed: tuple[int, ...] = (0, 0)
 
     def run(self, state: Any, progress: Progress) -> Any:
         """Trains until the last epoch or until patience is out; returns the state.
@@ -116,7 +117,12 @@ class Trainer:
         if examples is None or not len(examples):
             return None
         source = data.batches(
-            examples, self.lengths, self.config.data, seed=0, epoch=None
+            examples,
+            self.lengths,
+            self.config.data,
+            seed=0,
+            epoch=None,
+            local=self.program.local_rows(self.config.data.batch_size),
         )
         placed = data.prefetch(source, place=self.program.place_batch)
         carry = reset_carry(state).carry
@@ -130,14 +136,14 @@ class Trainer:
 
     def _until_stopped(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            if self.stop.reason is not None:
+            # One of several processes stops with the others, at a step of training.
+            if self.stop.reason is not None and not several():
                 raise Stopped(self.stop.reason)
             yield batch
 
     def _train_epoch(self, state: Any, progress: Progress) -> Any:
         """Trains what is left of an epoch; counts in the tally of `progress`."""
         tally = progress.tally
-        sizes: collections.deque[int] = collections.deque()
         pending: collections.deque[Any] = collections.deque()
         source = data.batches(
             self.corpus.parts["train"],
@@ -146,10 +152,9 @@ class Trainer:
             seed=self.config.training.seed,
             epoch=progress.epoch + 1,
             start=tally.steps,
+            local=self.program.local_rows(self.config.data.batch_size),
         )
-        prefetched = data.prefetch(
-            counted(source, sizes), place=self.program.place_batch
-        )
+        prefetched = data.prefetch(source, place=self.program.place_batch)
         last = self.clock()
 
         def read(left: int) -> None:
@@ -167,18 +172,17 @@ class Trainer:
                 tally.waited += self.clock() - asked
                 if batch is None:
                     break
-                stopped = self.stop.reason is not None
-                if stopped or self._due(self._step(progress) + len(pending)):
+                reason, due = self._agreed if several() else self._wishes()
+                step = self._step(progress) + len(pending)
+                if reason or self._due(step) or (due and step != self._saved_step):
                     read(0)
                     self._save(state, progress)
-                if stopped:
-                    raise self._stopped(progress)
-                size = sizes.popleft()
-                tally.tokens += size
-                self._tokens += size
+                if reason:
+                    raise self._stopped(progress, reason)
+                wishes = self.program.agree(self._wishes())
                 state, metrics = self.program.step(state, batch)
                 self.startup.first_step()
-                pending.append(metrics)
+                pending.append({**metrics, "wishes": wishes})
                 read(ARREARS)
         read(0)
         return state
@@ -187,6 +191,9 @@ class Trainer:
         """Counts a step whose numbers have arrived, and tells of it now and then."""
         tally, training = progress.tally, self.config.training
         tally.add(metrics)
+        self._tokens += int(metrics["tokens"])
+        # The same step is read at the same place of the loop in every process.
+        self._agreed = tuple(int(wish) for wish in metrics["wishes"])
         if not (metrics["finite"] or training.skip_nonfinite):
             self.checkpoints.wait()
             check_finite(
@@ -228,7 +235,8 @@ class Trainer:
             validation = self.evaluate(state, "validation")
         except Stopped:
             self._save(state, progress)
-            raise self._stopped(progress) from None
+            assert self.stop.reason is not None
+            raise self._stopped(progress, self.stop.reason) from None
         loss = accuracy = None
         if validation is not None:
             loss, accuracy = validation["loss"], validation["accuracy"]
@@ -263,14 +271,15 @@ class Trainer:
         return progress.epoch * self.batches + progress.tally.steps
 
     def _due(self, step: int) -> bool:
-        """Says whether a checkpoint is to be made after this step of an epoch."""
-        training = self.config.training
-        if step == self._saved_step:
-            return False
-        if training.save_every is not None and step % training.save_every == 0:
-            return True
-        minutes = training.save_minutes
-        return minutes is not None and self.clock() - self._saved >= 60 * minutes
+        """Says whether a checkpoint is to be made after this step, by its number."""
+        every = self.config.training.save_every
+        return every is not None and step % every == 0 and step != self._saved_step
+
+    def _wishes(self) -> tuple[int, int]:
+        """Returns why this process is to stop, or 0; and whether it is time to save."""
+        minutes = self.config.training.save_minutes
+        due = minutes is not None and self.clock() - self._saved >= 60 * minutes
+        return self.stop.reason or 0, int(due)
 
     def _save(self, state: Any, progress: Progress, metric: float = math.nan) -> None:
         """Saves a state all of whose steps are read, unless it is on disk already.
@@ -296,14 +305,14 @@ class Trainer:
             )
         self.checkpoints.save(step, plain, meta, metric=metric)
         self._saved_step, self._saved = step, self.clock()
+        self._agreed = (self._agreed[0], 0)
 
-    def _stopped(self, progress: Progress) -> Stopped:
+    def _stopped(self, progress: Progress, reason: int) -> Stopped:
         """Returns what ends the run, once what it has done is on disk."""
         self.checkpoints.wait()
-        assert self.stop.reason is not None
         total = self.config.training.epochs * self.batches
         return Stopped(
-            self.stop.reason,
+            reason,
             f"stopped after step {self._step(progress)} of {total}, which is saved",
         )
 
@@ -320,14 +329,3 @@ class Trainer:
         named = ", ".join(str(row) for row in rows[:ROWS_NAMED])
         more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
         return f"rows {named}{more} of the training part"
-
-
-def counted(source: Iterator[Any], sizes: collections.deque[int]) -> Iterator[Any]:
-    """Passes batches on, and notes the number of tokens of each.
-
-    Without lengths the padding is text like any other, and counts.
-    """
-    for batch in source:
-        lengths = batch.lengths
-        sizes.append(int(batch.tokens.size if lengths is None else np.sum(lengths)))
-        yield batch

@@ -6,13 +6,17 @@ import json
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from flax_lstm import distributed
 from flax_lstm.config import UserError, read_limited
 
 LOCK = ".lock"
+SHARED_LIMIT_S = 5.0
+"""What a network's file system may take to show a new file everywhere."""
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 METRICS = "metrics.jsonl"
@@ -62,6 +66,41 @@ def writing(folder: Path) -> Iterator[None]:
             if os.listdir(folder) == [LOCK]:
                 (folder / LOCK).unlink()
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def writing_together(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for all processes of the run; the first one has the lock.
+
+    Raises:
+      UserError: As `writing`, in every process; and if a process sees another folder
+        there than the first one.
+    """
+    with contextlib.ExitStack() as stack:
+        holder = ""
+        with distributed.together():
+            if distributed.is_first():
+                stack.enter_context(writing(folder))
+                holder = (folder / LOCK).read_text(encoding="utf-8")
+        holder = distributed.from_first(holder)
+        with distributed.together():
+            until = time.monotonic() + SHARED_LIMIT_S
+            while not _held_by(folder, holder):
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"{folder} is not the folder that process 0 writes; all "
+                        "processes must share it. Give one on a file system that they "
+                        "share (--out)."
+                    )
+                time.sleep(0.1)
+        yield
+
+
+def _held_by(folder: Path, holder: str) -> bool:
+    try:
+        return (folder / LOCK).read_text(encoding="utf-8") == holder
+    except OSError:
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:

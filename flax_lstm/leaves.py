@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 
@@ -77,12 +78,20 @@ def describe(template: Any) -> tuple[dict[str, Leaf], tuple[list, Any]]:
 
 
 def to_host(state: Any) -> tuple[dict[str, np.ndarray], dict[str, Leaf]]:
-    """Copies every leaf to the host, by name, and describes it but for its digest."""
+    """Copies every leaf to the host, by name, and describes it but for its digest.
+
+    Leaves that are spread over several processes are whole in each of them afterwards.
+    """
     arrays, leaves = {}, {}
     for name, leaf in named_leaves(state):
         key = str(leaf.dtype) if is_key(leaf) else None
+        leaf = jax.random.key_data(leaf) if key else leaf
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):  # parts of it are in other processes
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         # A copy: nothing the caller does can reach what the background still writes.
-        array = np.array(jax.random.key_data(leaf) if key else leaf)
+        array = np.array(leaf)
         arrays[name] = array
         leaves[name] = Leaf(array.shape, str(array.dtype), key)
     return arrays, leaves

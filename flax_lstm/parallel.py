@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_lstm.config import TrainConfig, UserError
-from flax_lstm.mesh import DATA, make_mesh, sharding, share_of_rows
+from flax_lstm.mesh import DATA, MODEL, make_mesh, sharding, share_of_rows
 
 
 class Program(NamedTuple):
@@ -40,8 +40,11 @@ class Program(NamedTuple):
       fetch: Returns a placed state as plain arrays, one copy of each, as it was given
         to `place_state`: the form to save. Over a mesh they stay where they are.
       devices: The devices used.
-      multiple: The number of rows of a batch is filled up to a multiple of this.
-      part: (k, n): this process gives the k-th of n equal parts of each batch.
+      local_rows: Returns which rows of a batch of this size this process gives; None
+        for all.
+      agree: Returns the greatest of the numbers that each process gives, as an array
+        that is computed behind the steps handed over until now. Several processes must
+        call it alike; of one, the numbers come back as they are.
     """
 
     step: Callable[[Any, Any], tuple[Any, Any]]
@@ -50,8 +53,8 @@ class Program(NamedTuple):
     place_batch: Callable[[Any], Any]
     fetch: Callable[[Any], Any]
     devices: tuple[Any, ...]
-    multiple: int
-    part: tuple[int, int]
+    local_rows: Callable[[int], slice | None]
+    agree: Callable[[tuple[int, ...]], Any]
 
 
 def pad_batch(batch: Any, multiple: int) -> Any:
@@ -124,7 +127,7 @@ def _over_mesh(
     shares = mesh.shape[DATA]
     whole = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec(DATA))
-    part = share_of_rows(mesh, jax.process_index())
+    part, parts = share_of_rows(mesh, jax.process_index())
     multiple = shares * config.gradient_accumulation
     specs = jax.tree.map(lambda x: rows.spec if x else whole.spec, by_rows)
 
@@ -188,13 +191,29 @@ def _over_mesh(
         )
 
     def place_batch(batch: Any) -> Any:
-        batch = pad_batch(batch, multiple // part[1])
+        batch = pad_batch(batch, multiple // parts)
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(
-                rows, x, (len(x) * part[1], *x.shape[1:])
+                rows, x, (len(x) * parts, *x.shape[1:])
             ),
             batch,
         )
+
+    def local_rows(size: int) -> slice | None:
+        if parts == 1:
+            return None
+        share = -(-size // multiple) * multiple // parts
+        return slice(part * share, (part + 1) * share)
+
+    by_device = NamedSharding(mesh, PartitionSpec((DATA, MODEL)))
+    greatest = jax.jit(lambda x: x.max(0), out_shardings=whole)
+
+    def agree(numbers: tuple[int, ...]) -> Any:
+        if not mesh.is_multi_process:
+            return numbers
+        mine = np.tile(np.asarray(numbers, np.int32), (len(mesh.local_devices), 1))
+        shape = (mesh.size, len(numbers))
+        return greatest(jax.make_array_from_process_local_data(by_device, mine, shape))
 
     ready = partial(_ready, multiple, place_batch)
     return Program(
@@ -206,8 +225,8 @@ def _over_mesh(
         place_batch=place_batch,
         fetch=lambda state: state,
         devices=tuple(mesh.devices.flat),
-        multiple=multiple,
-        part=part,
+        local_rows=local_rows,
+        agree=agree,
     )
 
 
@@ -273,8 +292,8 @@ def _by_pmap(
         place_batch=place_batch,
         fetch=lambda state: over_state(fetch_array, state),
         devices=devices,
-        multiple=multiple,
-        part=(0, 1),
+        local_rows=lambda size: None,
+        agree=lambda numbers: numbers,
     )
 
 

@@ -38,6 +38,7 @@ class Tally:
     def add(self, metrics: dict[str, Any]) -> None:
         """Adds the metrics of one step, on the host."""
         self.steps += 1
+        self.tokens += int(metrics["tokens"])
         if not metrics["finite"]:
             self.skipped += 1
             return

@@ -14,6 +14,7 @@ need nothing else, `evaluate` reads the data again from where it was.
 
 import dataclasses
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Literal
 
 import jax
 
-from flax_lstm import data, environment
+from flax_lstm import data, distributed, environment
 from flax_lstm import folder as files
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config, UserError
@@ -103,43 +104,53 @@ def train(
       Stopped: If `stop` was asked.
     """
     startup = Startup(time.perf_counter() if started is None else started)
-    check_settings(config)
-    config = with_absolute_paths(config)
-    if folder is None:
-        if resume:
-            raise UserError("resume needs the folder of the run to go on with.")
-        name = Path(config.data.data).stem or "run"
-        folder = files.unused(Path("runs"), name)
-    folder = Path(folder).resolve()
-    if resume == "auto":
-        resume = files.holds_run(folder)
-    if resume and not files.holds_run(folder):
-        raise UserError(
-            f"nothing to resume: {folder} holds no run (no {files.CONFIG}); start one "
-            "there without --resume."
+    with distributed.watching():
+        with distributed.together():
+            check_settings(config)
+            config = with_absolute_paths(config)
+            if folder is None:
+                if resume:
+                    raise UserError("resume needs the folder of the run to go on with.")
+                name = Path(config.data.data).stem or "run"
+                folder = files.unused(Path("runs"), name)
+        folder = Path(distributed.from_first(str(Path(folder).resolve())))
+        distributed.agree(
+            configuration=config.to_dict(),
+            asked={"resume": resume, "cast_dtype": cast_dtype},
+            code=environment.code(),
         )
-    with files.writing(folder), memory_errors(config):
-        if resume:
-            check_same_config(
-                recorded_config(folder).to_dict(),
+        with distributed.together():
+            if resume == "auto":
+                resume = files.holds_run(folder)
+            if resume and not files.holds_run(folder):
+                raise UserError(
+                    f"nothing to resume: {folder} holds no run (no {files.CONFIG}); "
+                    "start one there without --resume."
+                )
+        with files.writing_together(folder), memory_errors(config):
+            with distributed.together():
+                if resume:
+                    check_same_config(
+                        recorded_config(folder).to_dict(),
+                        config,
+                        f"the run in {folder}",
+                        cast_dtype,
+                    )
+                elif files.holds_run(folder):
+                    raise UserError(
+                        f"{folder} already holds a run; continue it with --resume, or "
+                        "give another folder. Nothing was changed."
+                    )
+            told = on_event if distributed.is_first() else None
+            return _train(
                 config,
-                f"the run in {folder}",
+                folder,
+                resume,
                 cast_dtype,
+                told or (lambda event: None),
+                stop or Stop(),
+                startup,
             )
-        elif files.holds_run(folder):
-            raise UserError(
-                f"{folder} already holds a run; continue it with --resume, or give "
-                "another folder. Nothing was changed."
-            )
-        return _train(
-            config,
-            folder,
-            resume,
-            cast_dtype,
-            on_event or (lambda event: None),
-            stop or Stop(),
-            startup,
-        )
 
 
 def _train(
@@ -152,13 +163,17 @@ def _train(
     startup: Startup,
 ) -> Run:
     """Trains with the folder's lock held."""
-    corpus = data.load(config.data, config.training.seed)
+    with distributed.together():
+        corpus = data.load(config.data, config.training.seed)
+    distributed.agree(data=corpus.summary)
+    first = distributed.is_first()
     with Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
-        resume = resume and _has_begun(folder, checkpoints)
-        recorded = files.read_json(folder / files.SUMMARY) if resume else {}
-        cast_dtype = cast_dtype or recorded.get("cast_dtype", False)
-        if resume:
-            check_same_data(recorded["data"], corpus.summary, folder)
+        with distributed.together():
+            resume = resume and _has_begun(folder, checkpoints)
+            recorded = files.read_json(folder / files.SUMMARY) if resume else {}
+            cast_dtype = cast_dtype or recorded.get("cast_dtype", False)
+            if resume:
+                check_same_data(recorded["data"], corpus.summary, folder)
         lengths = corpus.bucket_lengths
         batches = data.batch_count(corpus.parts["train"], lengths, config.data)
         check_steps(config, batches)
@@ -191,14 +206,18 @@ def _train(
             progress = Progress.from_dict(meta["progress"])
         else:
             state = initial_state(config, init, jax.random.key(config.training.seed))
+        distributed.agree(
+            checkpoint={"epoch": progress.epoch, "batch": progress.tally.steps}
+        )
         # First what makes this the folder of a run: whatever ends the process from
         # here on, the same command can be given again.
-        files.write_json(folder / files.CONFIG, config.to_dict())
-        corpus.tokenizer.save(folder / files.TOKENIZER)
-        files.write_json(
-            folder / files.ENVIRONMENT, environment.describe(program.devices)
-        )
-        files.write_json(folder / files.SUMMARY, summary)
+        if first:
+            files.write_json(folder / files.CONFIG, config.to_dict())
+            corpus.tokenizer.save(folder / files.TOKENIZER)
+            files.write_json(
+                folder / files.ENVIRONMENT, environment.describe(program.devices)
+            )
+            files.write_json(folder / files.SUMMARY, summary)
         meta = {"tokenizer": tokenizer, "config": config.to_dict()}
         on_event(
             RunStarted(
@@ -215,7 +234,9 @@ def _train(
         )
         began = time.perf_counter()
         with (
-            open(folder / files.METRICS, "w", encoding="utf-8") as metrics_file,
+            open(
+                folder / files.METRICS if first else os.devnull, "w", encoding="utf-8"
+            ) as metrics_file,
             stop.deferred(),
         ):
             for record in progress.history:
@@ -240,7 +261,8 @@ def _train(
             placed = trainer.run(program.place_state(state), progress)
             checkpoints.wait()
         del placed
-        stop.check()
+        if not distributed.several():  # those end together, or not at all
+            stop.check()
         # What is tested is what is on disk.
         state, meta = restore(checkpoints, template, config, **how)
         test = trainer.evaluate(program.place_state(state), "test")
@@ -263,7 +285,8 @@ def _train(
         if name != "folder"
     }
     result["best_validation_accuracy"] = progress.best_accuracy
-    files.write_json(folder / files.SUMMARY, {**summary, "result": result})
+    if first:
+        files.write_json(folder / files.SUMMARY, {**summary, "result": result})
     on_event(finished)
     return Run(
         folder=folder,

@@ -115,7 +115,10 @@ def init_train_state(
 
 def reset_carry(state: TrainState) -> TrainState:
     """Returns `state` with a zero LSTM state, as at the start of an epoch."""
-    return state._replace(carry=jax.tree.map(jnp.zeros_like, state.carry))
+    carry = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), state.carry
+    )
+    return state._replace(carry=carry)
 
 
 def row_losses(

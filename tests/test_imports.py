@@ -44,6 +44,8 @@ ARROWS = {
     "layers": f"{CORE} config initializers",
     "nnx": f"{CORE} config pooling initializers layers",
     "linen": f"{CORE} config pooling initializers layers",
+    "rollcall": "config",
+    "distributed": "config rollcall",
     "labels": "config",
     "text": "config",
     "batching": "config",
@@ -54,31 +56,32 @@ ARROWS = {
     "data": "config labels text batching partition sources",
     "leaves": "",
     "manifest": "config host_memory leaves",
-    "checkpoint": "config folder leaves manifest",
+    "checkpoint": "config distributed folder leaves manifest",
     "optim": "config",
     "mesh": "config",
     "parallel": "config mesh",
     "train": f"{MODULES} mesh optim parallel",
     "report": "config events",
-    "folder": "config",
+    "folder": "config distributed",
     "environment": "",
     "events": "config",
     "startup": "",
     "host_memory": "",
     "progress": "",
     "stopping": "",
-    "epochs": f"config {WORK} events folder progress startup stopping",
+    "epochs": f"config {WORK} distributed events folder progress startup stopping",
     "settings": "config folder host_memory",
     "model_state": f"{MODULES} checkpoint train",
     "trained": "batching config data checkpoint folder model_state settings train",
-    "run": "config data checkpoint environment epochs events folder host_memory mesh "
-    "model_state progress settings startup stopping train trained",
+    "run": "config data checkpoint distributed environment epochs events folder "
+    "host_memory mesh model_state progress settings startup stopping train trained",
     "bench": f"{CORE} config convert environment host_memory",
-    "commands": "bench config events report run settings stopping trained",
-    "cli": "bench commands config environment host_memory startup stopping",
+    "commands": "bench config distributed events report run settings stopping "
+    "trained",
+    "cli": "bench commands config distributed environment host_memory startup stopping",
     "kernels": "cell",
-    "experiments": f"{MODULES} {WORK} convert environment events folder host_memory "
-    "model_state report run cli kernels bench",
+    "experiments": f"{MODULES} {WORK} convert distributed environment events folder "
+    "host_memory model_state report run cli kernels bench",
 }
 LIBRARIES = ("torch", "keras", "haiku", "equinox")
 # Third-party packages that only these nodes touch.

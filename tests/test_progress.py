@@ -18,6 +18,7 @@ def test_the_tally_is_the_mean_over_rows_not_over_batches():
         tally.add(
             {
                 "count": float(len(loss)),
+                "tokens": 7 * len(loss),
                 "loss": loss.mean(),
                 "accuracy": hit.mean(),
                 "learning_rate": 0.5,
@@ -33,6 +34,7 @@ def test_the_tally_is_the_mean_over_rows_not_over_batches():
         tally.accuracy_sum / tally.count, np.concatenate(right).mean(), rtol=1e-12
     )
     assert tally.loss == losses[-1].mean()
+    assert tally.tokens == 7 * sum(sizes)
 
 
 def test_patience_counts_from_the_first_of_equals():
@@ -75,11 +77,13 @@ def test_the_wait_of_a_run_is_that_of_its_epochs_together():
 
 def test_a_skipped_step_counts_as_a_step_and_in_no_mean():
     good = dict(count=4.0, loss=0.5, accuracy=0.75, learning_rate=0.1, grad_norm=1.0)
+    good["tokens"] = 9
     bad = dict(good, loss=np.nan, accuracy=np.nan, grad_norm=np.inf)
     tally = Tally()
     for metrics, finite in ((good, True), (bad, False), (good, True)):
         tally.add({**metrics, "finite": finite})
     assert (tally.steps, tally.skipped, tally.count) == (3, 1, 8.0)
+    assert tally.tokens == 27
     assert (tally.mean(tally.loss_sum), tally.mean(tally.accuracy_sum)) == (0.5, 0.75)
     assert (tally.loss, tally.gradient_norm) == (0.5, 1.0)
     assert np.isnan(Tally().mean(0.0))
@@ -90,7 +94,7 @@ def test_progress_comes_back_from_json_as_it_was():
     progress = Progress(epoch=2, best_epoch=1, best_accuracy=1 / 3, best_loss=0.1)
     progress.tally.add(
         dict(count=3, loss=0.1, accuracy=1 / 3, learning_rate=0.1, grad_norm=7.0)
-        | {"finite": True}
+        | {"finite": True, "tokens": 5}
     )
     kept = json.loads(json.dumps(dataclasses.asdict(progress)))
     assert Progress.from_dict(kept) == progress

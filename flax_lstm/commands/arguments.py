@@ -59,6 +59,13 @@ class Train(Start, Common):
 
     quiet: Flag = False
     """Print nothing but the test accuracy."""
+    distributed: Annotated[str, tyro.conf.arg(metavar="auto|off|HOST:PORT")] = "off"
+    """Train together with other processes: those of the cluster that JAX detects, or
+    those that come to this address of process 0."""
+    process_id: int | None = None
+    """Number of this process, from 0, for HOST:PORT; JAX_PROCESS_ID when not given."""
+    process_count: int | None = None
+    """Number of processes, likewise; JAX_NUM_PROCESSES when not given."""
     print_config: Flag = False
     """Print the settings that would be used, as --config reads them, and stop."""
     settings: Annotated[Config, tyro.conf.arg(name="")] = PRESETS["default"]

@@ -1,13 +1,15 @@
 """`train`: what a person sees of a run, and how it is stopped."""
 
 import contextlib
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
-from flax_lstm import report
+from flax_lstm import distributed, report
 from flax_lstm.commands.answers import show_traces
 from flax_lstm.commands.arguments import Train
 from flax_lstm.commands.signals import listening
@@ -40,11 +42,15 @@ def train(command: Train, started: float | None = None) -> None:
         )
     if command.cast_dtype and not resume:
         raise UserError("--cast-dtype is for --resume: it converts a checkpoint.")
+    if command.distributed != "off":
+        keep_output_apart()
+    distributed.join(command.distributed, command.process_id, command.process_count)
+    quiet = command.quiet or not distributed.is_first()
     out = Screen()
     err = Screen(stderr=True)
     live = report.LiveProgress(out if out.is_terminal else err)
-    follow = Follower(out, live, command.quiet)
-    shown = contextlib.nullcontext() if command.quiet else live
+    follow = Follower(out, live, quiet)
+    shown = contextlib.nullcontext() if quiet else live
     stop = runs.Stop()
     try:
         with listening(stop), shown:
@@ -65,7 +71,7 @@ def train(command: Train, started: float | None = None) -> None:
             stopped.reason,
             f"{stopped}; `{program()} train --resume --out {folder}` goes on",
         ) from None
-    if command.quiet:
+    if quiet:
         return
     if command.settings.data.data == "demo":
         show_traces(out, run, DEMO_TEXTS)
@@ -80,6 +86,16 @@ def train(command: Train, started: float | None = None) -> None:
         f"or train on texts of your own, in columns named text and label:\n"
         f"  {name} train --data FILE.csv",
         markup=False,
+    )
+
+
+def keep_output_apart() -> None:
+    """Gives what libraries in C++ print (Gloo, of its ranks) to the standard error."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(  # noqa: SIM115 for the rest of the process
+        ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors
     )
 
 
