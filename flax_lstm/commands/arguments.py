@@ -60,8 +60,7 @@ class Train(Start, Common):
     quiet: Flag = False
     """Print nothing but the test accuracy."""
     distributed: Annotated[str, tyro.conf.arg(metavar="auto|off|HOST:PORT")] = "off"
-    """Train together with other processes: those of the cluster that JAX detects, or
-    those that come to this address of process 0."""
+    """Train with the processes of the cluster that JAX finds, or at this address."""
     process_id: int | None = None
     """Number of this process, from 0, for HOST:PORT; JAX_PROCESS_ID when not given."""
     process_count: int | None = None
