@@ -5,8 +5,11 @@ of faults that it stands for.
 """
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,13 +18,15 @@ import numpy as np
 import pytest
 from fault_runs import KILL, Ended, at_step, end, run, start
 
+from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.epochs import ARREARS
+from flax_lstm.leaves import digest
 from flax_lstm.run import Run
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 ARGUMENTS = (
-    *("--features", "6", "--embedding-size", "4", "--embedding-scale", "0.5"),
+    *("--features", "8", "--embedding-size", "4", "--embedding-scale", "0.5"),
     *("--buckets", "1", "--max-length", "8", "--batch-size", "10", "--epochs", "3"),
     *("--learning-rate", "0.01", "--dropout", "0.1", "--patience", "None"),
     *("--no-sparse-embedding", "--weight-decay", "0", "--clip-norm", "0.5"),
@@ -127,6 +132,76 @@ def test_uneven_rows_per_process(source, tmp_path, one_device, two_processes):
     assert ended.code == 0, ended.err
     assert_same(four, one_device)
     assert_same(two_processes[0], one_device)
+
+
+def test_units_spread_over_processes(source, tmp_path, one_device):
+    """Each of four devices, two in each process, has two units and a word's quarter.
+
+    Its checkpoints are of parts that no process has whole.
+    """
+    folder = tmp_path / "run"
+    ended = together(source, folder, "--mesh", "data=1,model=4")
+    assert [one.code for one in ended] == [0, 0], ended
+    assert_same(folder, one_device)
+
+
+LEAVES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from flax_lstm import distributed
+from flax_lstm.checkpoint import Checkpoints
+from flax_lstm.mesh import make_mesh
+folder, address, number = sys.argv[1:]
+distributed.join(address, int(number), 2)
+mesh = make_mesh("data=2,model=2", jax.devices())
+table = np.arange(32, dtype=np.float32).reshape(8, 4) / 3
+def on(*spec):
+    where = NamedSharding(mesh, P(*spec))
+    return jax.make_array_from_callback(table.shape, where, lambda at: table[at])
+state = {"local": jnp.asarray(3), "whole": on(), "rows": on("data"),
+         "columns": on(None, "model"), "both": on(("data", "model"))}
+try:
+    np.asarray(state["rows"])
+except RuntimeError as error:
+    assert "non-addressable" in str(error)
+else:
+    raise AssertionError("a part was taken for the whole")
+with Checkpoints(folder) as checkpoints:
+    checkpoints.save(1, state, {})
+"""
+
+
+def test_process_local_leaf_in_saved_state(tmp_path):
+    """As leaves spread over processes: whole on disk, with the digest of the whole.
+
+    JAX refuses to read such a leaf (`np.asarray(global array)`), Orbax to save a local.
+    """
+    address = f"localhost:{free_port()}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVES, str(tmp_path), address, str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for number in range(2)
+    ]
+    for ended in map(end, children):
+        assert ended.code == 0, ended.err
+    table = np.arange(32, dtype=np.float32).reshape(8, 4) / 3
+    like = jax.ShapeDtypeStruct((8, 4), np.float32)
+    template = {name: like for name in ("whole", "rows", "columns", "both")}
+    template["local"] = jax.ShapeDtypeStruct((), np.int32)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        state, _ = checkpoints.restore_last(template)
+    assert int(state.pop("local")) == 3
+    for leaf in state.values():
+        np.testing.assert_array_equal(leaf, table)
+    record = json.loads((tmp_path / "1" / "meta" / "metadata").read_text())
+    assert {record["leaves"][name]["sha256"] for name in state} == {digest(table)}
 
 
 def test_one_process_speaks_and_writes(two_processes):
