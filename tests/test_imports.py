@@ -76,8 +76,7 @@ ARROWS = {
     "run": "config data checkpoint distributed environment epochs events folder "
     "host_memory mesh model_state progress settings startup stopping train trained",
     "bench": f"{CORE} config convert environment host_memory",
-    "commands": "bench config distributed events report run settings stopping "
-    "trained",
+    "commands": "bench config distributed events report run settings stopping trained",
     "cli": "bench commands config distributed environment host_memory startup stopping",
     "kernels": "cell",
     "experiments": f"{MODULES} {WORK} convert distributed environment events folder "
