@@ -16,7 +16,7 @@ from flax_lstm.loop import varying_axes
 Implementation = Literal["scan", "xla", "cpu", "pallas", "cudnn"]
 FASTEST_FIRST: tuple[Implementation, ...] = ("pallas", "cudnn", "cpu", "xla", "scan")
 # Kernels that None chooses though none of them has been measured.
-UNMEASURED = ("tpu",)
+UNMEASURED = ("tpu", "single")
 # Values of `jax.default_matmul_precision` that let a float32 product be made of tf32.
 ALLOW_TF32 = (
     None,

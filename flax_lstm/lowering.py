@@ -24,6 +24,7 @@ from jax import lax
 from jax._src.config import _check_vma
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
+from jax.experimental import io_callback
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -289,6 +290,7 @@ def register(primitive: Any, statement: Callable, sizes_of: Callable) -> None:
             return runs(context, *args)
         devices = getattr(made_for.axis_context, "num_devices", None) or 1
         shared = over_devices if devices > 1 and not exported else alone
+        shared = one_by_one if target.interpret else shared
         kernel = partial(getattr(kernels, statement.__name__), shared=shared, **options)
         # Inside, nothing is known of the mesh axes over which arrays vary.
         bare = context.replace(
@@ -299,7 +301,7 @@ def register(primitive: Any, statement: Callable, sizes_of: Callable) -> None:
         )
         with _check_vma(False):
             if target.interpret:
-                # The interpreter's callbacks keep an order of their own.
+                # The order of its callbacks begins here: see `one_by_one`.
                 effects = jax.make_jaxpr(kernel)(*bare.avals_in).effects
                 bare = bare.replace(tokens_in=mlir.TokenSet.create(list(effects)))
             return mlir.lower_fun(kernel, multiple_results=True)(bare, *args)
@@ -313,3 +315,18 @@ def register(primitive: Any, statement: Callable, sizes_of: Callable) -> None:
 def alone(call: Callable, arrays_rows: Any, outs_rows: Any) -> Callable:
     """Takes the place of `over_devices` where there is one device."""
     return call
+
+
+def one_by_one(call: Callable, arrays_rows: Any, outs_rows: Any) -> Callable:
+    """Has an interpreted kernel begin when its arguments are there, and end at its end.
+
+    The interpreter keeps what it allocates in one place for all kernels, by callbacks
+    that by themselves wait neither for arguments nor for the kernel before.
+    """
+
+    def run(*arrays: Any) -> Any:
+        io_callback(lambda *_: None, None, *arrays, ordered=True)
+        outs = call(*arrays)
+        return io_callback(lambda *outs: outs, outs, *outs, ordered=True)
+
+    return run

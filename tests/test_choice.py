@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from flax_lstm_kernels import cpu
+from flax_lstm_kernels import cpu, gpu
 from flax_lstm_kernels.target import Target, current, on
 
 from flax_lstm import LSTMParams, explain, init_lstm_params, lstm
@@ -56,6 +56,22 @@ def test_why_the_kernel_of_an_accelerator_cannot_run(device, options, reason):
     refused = told(*device, asked="pallas", **options)
     assert refused.implementation is None
     assert str(refused).startswith("pallas: ")
+
+
+def test_none_runs_the_one_block_kernel_of_a_gpu_and_no_other_that_never_ran(
+    monkeypatch,
+):
+    found = told("cuda", "9.0")
+    assert found.implementation == "pallas"
+    assert found.note == "not yet run on hardware"
+    plan = gpu.support("9.0", jnp.bfloat16, 64).plan
+    for kernel in ("cluster", "grid", "step"):
+        support = gpu.Support(None, plan._replace(kernel=kernel))
+        monkeypatch.setattr(gpu, "support", lambda *_, s=support, **__: s)
+        found = told("cuda", "9.0")
+        assert found.implementation == "xla"
+        assert f'"{kernel}" has not yet run on hardware' in found.reasons["pallas"]
+        assert told("cuda", "9.0", asked="pallas").implementation == "pallas"
 
 
 def test_sizes_of_0_are_refused():

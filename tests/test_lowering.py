@@ -159,11 +159,19 @@ def test_a_module_exported_for_a_tpu_holds_its_kernels(given):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_module_for_a_named_tpu_holds_its_kernels(given, dtype):
-    with on("tpu", "TPU v5e"):
-        module = exported("tpu", *given, "pallas", jnp.dtype(dtype))
-    assert module.count("@tpu_custom_call") == 2
+@pytest.mark.parametrize(
+    ("device", "dtype", "call"),
+    [
+        (("tpu", "TPU v5e"), "float32", "@tpu_custom_call"),
+        (("tpu", "TPU v5e"), "bfloat16", "@tpu_custom_call"),
+        (("cuda", "9.0"), "float32", "@mosaic_gpu_v2"),
+        (("cuda", "9.0"), "bfloat16", "@mosaic_gpu_v2"),
+    ],
+)
+def test_a_module_for_a_named_device_holds_its_kernels(given, device, dtype, call):
+    with on(*device):
+        module = exported(device[0], *given, "pallas", jnp.dtype(dtype))
+    assert module.count(call) == 2
 
 
 def test_a_module_for_any_gpu_holds_no_kernel_of_one(given):
