@@ -59,8 +59,8 @@ def test_an_argument_that_is_not_utf8_is_an_error(capsys, demo_folder):
 
 def test_texts_come_in_chunks_of_bounded_number_and_size(monkeypatch):
     monkeypatch.setattr(texts, "CHUNK_CHARACTERS", 10)
-    got = list(texts.chunks(iter(["a", "b", "c", "x" * 11, "d"]), 2))
-    assert got == [["a", "b"], ["c", "x" * 11], ["d"]]
+    got = list(texts.chunks(iter(["a", "b", "c", "d", "x" * 11, "e", "f"]), 3))
+    assert got == [["a", "b", "c"], ["d", "x" * 11], ["e", "f"]]
     assert list(texts.chunks(iter([]))) == []
 
 
