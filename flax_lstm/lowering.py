@@ -7,7 +7,8 @@ bias and inputs are a product each of it, over all steps, made here.
 
 Axes     As in `statement`.
 Sharded  Rows are independent: on several devices under `jax.jit`, a kernel runs on the
-         rows that each of them holds. Sums over rows are added up over the devices.
+         rows that each of them holds. Sums over rows are added up over the devices. On
+         TPUs, where only `jax.shard_map` can do this, XLA divides the statement.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.experimental import io_callback
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -258,7 +260,7 @@ def over_devices(call: Callable, arrays_rows: Any, outs_rows: Any) -> Callable:
             )
 
         def local(*arrays: Any) -> Any:
-            results = call(*arrays)
+            results = closed_p.bind(*arrays, call=call)
             if axes is None:
                 return tuple(results)
             return tuple(
@@ -269,6 +271,24 @@ def over_devices(call: Callable, arrays_rows: Any, outs_rows: Any) -> Callable:
         return mesh, local, places(outs, outs_rows), places(arrays, arrays_rows)
 
     return run
+
+
+# A call whose inside is not looked into, such as for references that it makes and
+# writes to: the partitioner takes no function that does.
+closed_p = Primitive("flax_lstm_kernel")
+closed_p.multiple_results = True
+closed_p.def_abstract_eval(
+    lambda *avals, call: [
+        ShapedArray(out.shape, out.dtype)
+        for out in jax.eval_shape(
+            call, *(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
+        )
+    ]
+)
+mlir.register_lowering(
+    closed_p,
+    mlir.lower_fun(lambda *arrays, call: call(*arrays), multiple_results=True),
+)
 
 
 def register(primitive: Any, statement: Callable, sizes_of: Callable) -> None:
@@ -285,11 +305,14 @@ def register(primitive: Any, statement: Callable, sizes_of: Callable) -> None:
         exported = made_for.lowering_parameters.for_export
         *sizes, dtype = sizes_of(*context.avals_in)
         kernels = kernels_for(platform, target, sizes, dtype, exported=exported)
-        if kernels is None:
+        devices = getattr(made_for.axis_context, "num_devices", None) or 1
+        # The compiler of the TPU calls nothing back to be told what to do on each of
+        # them, nor does a module that was exported.
+        undivided = devices > 1 and (platform == "tpu" or exported)
+        if kernels is None or undivided:
             runs = mlir.lower_fun(partial(statement, **options), multiple_results=True)
             return runs(context, *args)
-        devices = getattr(made_for.axis_context, "num_devices", None) or 1
-        shared = over_devices if devices > 1 and not exported else alone
+        shared = over_devices if devices > 1 else alone
         shared = one_by_one if target.interpret else shared
         kernel = partial(getattr(kernels, statement.__name__), shared=shared, **options)
         # Inside, nothing is known of the mesh axes over which arrays vary.

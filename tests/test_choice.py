@@ -31,7 +31,7 @@ def test_the_default_device_is_the_one_that_is_here():
 def test_none_runs_the_kernel_of_a_tpu_and_says_it_never_ran():
     found = told("tpu", "TPU v6e")
     assert found.implementation == "pallas"
-    assert str(found).startswith("pallas: runs; not yet run on hardware\n")
+    assert str(found).startswith("pallas: runs; not yet run on hardware, on several")
     assert 'the device is "tpu"' in found.reasons["cudnn"]
     assert 'the device is "tpu"' in found.reasons["cpu"]
     assert found.reasons["xla"] == 'could run, but "pallas" is faster'

@@ -174,6 +174,42 @@ def test_a_module_for_a_named_device_holds_its_kernels(given, device, dtype, cal
     assert module.count(call) == 2
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("device", "call"),
+    [
+        (("tpu", "TPU v5e"), "@tpu_custom_call"),
+        (("cuda", "9.0"), "@mosaic_gpu_v2"),
+    ],
+)
+def test_a_module_for_several_devices_holds_kernels_inside_shard_map(
+    given, mesh, device, call
+):
+    params, batch = given
+
+    def total(params, batch):
+        return jnp.sum(loss(params, batch, "pallas"))
+
+    def divided(params, batch):
+        def of_rows(params, batch):
+            return jax.lax.psum(total(params, batch), "rows")
+
+        run = jax.shard_map(of_rows, mesh=mesh, in_specs=(P(), SPECS), out_specs=P())
+        return run(params, batch)
+
+    specs = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+    counts = []
+    for function in (divided, total):
+        run = jax.jit(
+            jax.grad(function), in_shardings=(NamedSharding(mesh, P()), specs)
+        )
+        with on(*device):
+            module = jax.export.export(run, platforms=device[:1])(params, batch)
+        counts.append(module.mlir_module().count(call))
+    # Of a module that XLA divides it divides the statement.
+    assert counts == [2, 0]
+
+
 def test_a_module_for_any_gpu_holds_no_kernel_of_one(given):
     assert "mosaic_gpu" not in exported("cuda", *given)
 
