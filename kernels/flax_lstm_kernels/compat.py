@@ -24,9 +24,11 @@ INTERPRETS_LAYOUTS = NEW_LOADS
 __all__ = [
     "INTERPRETS_LAYOUTS",
     "InterpretGPUParams",
+    "in_place",
     "kernel",
     "load",
     "races_found",
+    "store",
     "transposed",
     "watched",
 ]
@@ -37,6 +39,14 @@ def load(ref: Any, layout: Any) -> Any:
     if NEW_LOADS:
         return plgpu.load(ref, layout=layout, optimized=False)
     return plgpu.load(ref, (), layout=layout, optimized=False)
+
+
+def store(ref: Any, value: Any) -> None:
+    """Stores registers into a reference, by whatever instructions do."""
+    if NEW_LOADS:
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def transposed(ref: Any) -> Any:
@@ -61,6 +71,14 @@ def races_found() -> bool:
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     return gpu_callbacks.get_races().races_found
+
+
+def in_place(array: Any) -> Any:
+    """Returns a reference to an array for kernels to write, also in a loop of XLA.
+
+    The interpreter of 0.10.2 wants it in global memory, the loops of 0.12 nowhere.
+    """
+    return jax.new_ref(array, memory_space=None if NEW_LOADS else plgpu.GMEM)
 
 
 def kernel(
