@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from flax_lstm_kernels.gpu import grid, single, single_backward, step
+from flax_lstm_kernels.gpu import cluster, cluster_backward, single, single_backward
 from flax_lstm_kernels.gpu.arrange import (
-    UNITS,
     fill,
     gates_apart,
     gates_joined,
@@ -31,15 +30,10 @@ from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 
 __all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
 
-FORWARD = {
-    "single": single.forward_pass,
-    "grid": grid.forward_pass,
-    "step": step.forward_pass,
-}
+FORWARD = {"single": single.forward_pass, "cluster": cluster.forward_pass}
 BACKWARD = {
     "single": single_backward.backward_pass,
-    "grid": grid.backward_pass,
-    "step": step.backward_pass,
+    "cluster": cluster_backward.backward_pass,
 }
 
 
@@ -97,7 +91,7 @@ def forward(
             "forward", steps, rows, hidden, dtype.itemsize, keep, bool(resets.size)
         )
         plan = choose(sizes)
-    filled, size = up(rows, plan.rows), up(hidden, UNITS * plan.blocks)
+    filled, size = up(rows, plan.rows), plan.size(hidden)
     hs, c, h, gates, before = FORWARD[plan.kernel](
         projected(fill(inputs, 1, filled), kernel, bias, size),
         weights_out_in(recurrent_kernel.astype(dtype), size),
@@ -160,7 +154,7 @@ def backward(
     if plan is None:
         sizes = Sizes("backward", steps, rows, hidden, dtype.itemsize)
         plan = choose(sizes._replace(resets=bool(resets.size)))
-    filled, size = up(rows, plan.rows), up(hidden, UNITS * plan.blocks)
+    filled, size = up(rows, plan.rows), plan.size(hidden)
 
     def tiles(array: Array, axis: int) -> Array:
         return fill(fill(array, axis, filled), -1, size)

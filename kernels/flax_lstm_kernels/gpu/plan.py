@@ -9,9 +9,9 @@ Axes     T time, B batch, H hidden size; rows and units in whole tiles are N and
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
+from flax_lstm_kernels import compat
 from flax_lstm_kernels.gpu.arrange import UNITS, up
 from flax_lstm_kernels.tuning import Key, find
 
@@ -27,51 +27,13 @@ SPARE = 4 << 10
 ROWS = 8  # the least of a tile: columns of the matrix instruction
 
 
-# Of `grid` and `step`, see `slabs`.
-SLAB_UNITS = 16  # of a block: four gates of them are the 64 rows of wgmma
-SLAB_ROWS = (8, 16, 32, 64)
-PADDED = 4 * SLAB_UNITS + 8  # so that turned rows begin in different banks
-MOST_BLOCKS = 128  # of `grid`, all of which have to run at once
-
-
-def chunk_of(size: int, itemsize: int) -> int:
-    """Returns the columns of a slab in one copy: 256 bytes where they divide it.
-
-    >>> chunk_of(1024, 2), chunk_of(1024 + 64, 2), chunk_of(1024, 4)
-    (128, 64, 64)
-    """
-    chunk = 256 // itemsize
-    return chunk if size % chunk == 0 else 64
-
-
-def blocks_at_once() -> int:
-    """Returns how many blocks are sure to run at once on the default device.
-
-    Where that is no GPU, as when a kernel is compiled for one that is not there: on an
-    H100 with all of its multiprocessors.
-    """
-    device = jax.devices()[0]
-    present = device.core_count if device.platform == "gpu" else BLOCKS
-    return min(MOST_BLOCKS, present)
-
-
-def tiles_at_once(size: int) -> int:
-    """Returns how many tiles of `grid` run at once, for P units; 0 if not even one.
-
-    >>> tiles_at_once(1024), tiles_at_once(1280), tiles_at_once(2112)
-    (2, 1, 0)
-    """
-    return blocks_at_once() // (size // SLAB_UNITS)
-
-
 class Plan(NamedTuple):
     """How the work is cut up.
 
     Attributes:
       kernel: Which kernel.
       rows: Rows of the batch in one tile; a multiple of 8.
-      stages: Steps whose inputs are in shared memory, or on their way; of `grid` and
-        `step`, chunks of the operand.
+      stages: Steps whose inputs are in shared memory, or on their way.
       blocks: Blocks over which the units of one tile are spread.
     """
 
@@ -79,6 +41,15 @@ class Plan(NamedTuple):
     rows: int
     stages: int
     blocks: int = 1
+
+    def size(self, hidden: int) -> int:
+        """Returns P, which the hidden size is filled up to.
+
+        >>> Plan("cluster", rows=8, stages=2, blocks=8).size(200)
+        256
+        """
+        # A block of a cluster may own fewer units than a warpgroup computes at once.
+        return up(hidden, UNITS * (1 if self.kernel == "cluster" else self.blocks))
 
 
 class Sizes(NamedTuple):
@@ -131,56 +102,60 @@ def plan_single(sizes: Sizes) -> Plan | str:
     )
 
 
-def slab_bytes(sizes: Sizes, rows: int, stages: int, *, resident: bool) -> int:
-    """Returns the shared memory that `grid` and `step` ask for; see `slabs`."""
+def cluster_bytes(sizes: Sizes, rows: int, blocks: int) -> int:
+    """Returns the shared memory that a block of `cluster` asks for; see its scratch."""
     size, item = up(sizes.hidden, UNITS), sizes.itemsize
-    chunk = chunk_of(size, item)
-    weights = 64 * (size if resident else stages * chunk)
-    return (weights + stages * rows * chunk) * item + rows * PADDED * 4
+    owned = size // blocks
+    weights = 4 * owned * size * item
+    if sizes.which == "forward":
+        return weights + 2 * rows * size * item + 4 * rows * owned * 4
+    return weights + 4 * rows * owned * item + 2 * 2 * rows * size * 4
 
 
-def slab_rows(sizes: Sizes, at_once: int) -> list[int]:
-    """Returns rows of a tile for `slabs`, the better first.
-
-    That is the fewest that make all tiles run at once: a step's time depends on them
-    only from 32 up. More than 64 would leave no room for the weights.
-    """
-    enough = [rows for rows in SLAB_ROWS if rows * at_once >= sizes.rows]
-    best = enough[0] if enough else SLAB_ROWS[-1]
-    return [rows for rows in reversed(SLAB_ROWS) if rows <= best]
-
-
-def plan_grid(sizes: Sizes) -> Plan | str:
-    """Plans `grid`: the weights stay in the shared memory of many blocks."""
+def cluster_clocks(sizes: Sizes, rows: int, blocks: int) -> int:
+    """Estimates the clocks of one step for all tiles of the batch."""
     size = up(sizes.hidden, UNITS)
-    at_once = tiles_at_once(size)
-    if not at_once:
-        return (
-            f"grid: {sizes.hidden} units take {size // SLAB_UNITS} blocks; no more "
-            f"than {blocks_at_once()} are sure to run at once"
-        )
-    limit, chunks = SHARED_MEMORY - SPARE, size // chunk_of(size, sizes.itemsize)
-    for rows in slab_rows(sizes, at_once):
-        for stages in (16, 8, 4, 2):
-            stages = min(stages, chunks)
-            needed = slab_bytes(sizes, rows, stages, resident=True)
-            if needed <= limit:
-                return Plan("grid", rows, stages)
+    products = 4 * size // blocks // 64 * (size * sizes.itemsize // 32)
+    # Blocks of a cluster are in one GPC, of which there are eight with 16 or 18.
+    at_once = 8 * (16 // blocks)
+    waves = -(-sizes.rows // (rows * at_once))
+    # A product of 64 rows: max(16, columns / 2) clocks. The pointwise part, barriers
+    # and the exchange: 1000, an estimate.
+    return waves * (products * max(16, rows // 2) + 1000)
+
+
+def plan_cluster(sizes: Sizes, largest: int = compat.MAX_CLUSTER) -> Plan | str:
+    """Plans `cluster`: weights and units spread over the blocks of one cluster.
+
+    Args:
+      sizes: What is to be computed.
+      largest: Blocks that a cluster may have.
+
+    >>> plan_cluster(Sizes("forward", 64, 64, 512, 2), largest=16)
+    Plan(kernel='cluster', rows=8, stages=2, blocks=16)
+    """
+    groups = up(sizes.hidden, UNITS) // 32  # warpgroups in a cluster
+    found = []
+    for blocks in range(2, min(largest, groups) + 1, 2):
+        # More than two warpgroups of a block would have too few registers each.
+        if groups % blocks or groups // blocks > 2:
+            continue
+        for rows in (8, 16, 32):
+            if cluster_bytes(sizes, rows, blocks) <= SHARED_MEMORY - SPARE:
+                clocks = cluster_clocks(sizes, rows, blocks)
+                found.append((clocks, Plan("cluster", rows, 2, blocks)))
+    if found:
+        return min(found)[1]
     return (
-        f"grid: {sizes.hidden} units of {sizes.itemsize} bytes need "
-        f"{needed / 1024:.0f} KiB of shared memory; a block has {limit / 1024:.0f}"
+        f"cluster: {sizes.hidden} units of {sizes.itemsize} bytes are too many for "
+        f"clusters of up to {largest} blocks with {(SHARED_MEMORY - SPARE) >> 10} KiB "
+        "of shared memory each, or cannot be shared out evenly"
     )
-
-
-def plan_step(sizes: Sizes) -> Plan | str:
-    """Plans `step`, which can run at any size."""
-    return Plan("step", slab_rows(sizes, 1)[0], 4)
 
 
 PLANNERS: dict[Kernel, Callable[[Sizes], Plan | str]] = {
     "single": plan_single,
-    "grid": plan_grid,
-    "step": plan_step,
+    "cluster": plan_cluster,
 }
 
 

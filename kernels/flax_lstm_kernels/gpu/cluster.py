@@ -1,0 +1,234 @@
+"""The LSTM forward over time on a cluster of Hopper SMs per tile of the batch.
+
+For t = 0 .. T-1:  z = gates[t] + h R;  c, h = update(squash(z), c)
+
+Axes     T time, N batch in whole tiles, P hidden size in whole 64s.
+Grid     One cluster of `blocks` blocks per tile of `rows` rows; clusters never talk to
+         each other. Time is a loop inside, as long as the tile's longest row.
+Threads  One warpgroup per 32 units; a block has as many as its share of P asks for.
+Resident The block's share of the recurrent weights, all four gates of its units, and
+         two h of all units (the one read, the one written) in shared memory; c and the
+         own part of h in registers.
+Step     wgmma on h starts, and the next step's gates are asked for; z comes through
+         shared memory into the layout of `cluster_tiles`; the pointwise part; the own
+         part of h goes to all other blocks (`cluster_exchange`); while it is under
+         way, the results go out to memory.
+Memory   The gates after activation take the place of those before.
+Masks    Past a row's length c and h stay and hs is 0; at a reset h R and c are taken
+         as 0.
+Numerics As `single`.
+Measured Not yet run on hardware.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from flax_lstm.cell import update
+from flax_lstm_kernels import compat
+from flax_lstm_kernels.gpu.arrange import kept_dtype, tile_ends, tile_resets
+from flax_lstm_kernels.gpu.cluster_exchange import (
+    SLOTS,
+    Copy,
+    Exchange,
+    Team,
+    others,
+    slot_of,
+)
+from flax_lstm_kernels.gpu.cluster_tiles import (
+    EIGHT,
+    PAIR,
+    WIDTH,
+    Tiles,
+    tiles,
+    transforms,
+)
+from flax_lstm_kernels.gpu.common import Registers, activated
+from flax_lstm_kernels.gpu.plan import Plan
+
+
+def weights_of_pairs(weights: Any) -> Any:
+    """Arranges `[4, P, P]` by owner: `[P / 32, 2, 64, P]`, gates i f and then g o."""
+    size = weights.shape[1]
+    owned = weights.reshape(4, size // WIDTH, WIDTH, size).swapaxes(0, 1)
+    return owned.reshape(size // WIDTH, 2, PAIR, size)
+
+
+def body(
+    *refs, team: Team, rows: int, reverse: bool, keep: bool, cuts: bool, plain: bool
+):
+    """Runs one warpgroup; see the module."""
+    ahead: list[Any] = list(refs)
+
+    def take(present: bool = True) -> Any:
+        return ahead.pop(0) if present else None
+
+    gates_ref, weights_ref, c_ref, h_ref, ends_ref, lengths_ref = (
+        take() for _ in range(6)
+    )
+    resets_ref = take(cuts)
+    hs_ref, c_last_ref, h_last_ref, before_ref = take(), take(), take(), take(keep)
+    weights, h_pair, z_tile, loaded, barriers = (take() for _ in range(5))
+
+    tile, (rank, group) = lax.axis_index("tile"), team.place()
+    batch = pl.ds(tile * rows, rows)
+    units = pl.ds((rank * team.groups + group) * WIDTH, WIDTH)
+    steps, end = hs_ref.shape[0], ends_ref[tile]
+    dtype = h_pair.dtype
+    registers, values = Registers(plain), Tiles(plain)
+    exchange = Exchange(team, barriers, rank, transforms(dtype))
+    here, peers = exchange.here, others(rank, team.members)
+
+    def time(k: Any) -> Any:
+        return end - 1 - k if reverse else k
+
+    def given(k: Any) -> tuple[Any, ...]:
+        """Loads the gates before activation; of a step there is not, those of one."""
+        t = jnp.clip(time(k), 0, steps - 1)
+        places = [gates_ref.at[t, batch, n, units] for n in range(4)]
+        return tuple(values.load(place, dtype) for place in places)
+
+    ready = loaded.at[here]
+    for pair in range(2):
+        plgpu.copy_gmem_to_smem(
+            weights_ref.at[rank * team.groups + group, pair],
+            weights.at[here, group, pair],
+            ready,
+        )
+
+    @pl.when(group == 0)
+    def all_of_h() -> None:
+        plgpu.copy_gmem_to_smem(h_ref.at[batch], h_pair.at[here, 0], ready)
+
+    exchange.start()
+    c_first = values.load(c_ref.at[batch, units])
+    h_first = values.load(h_ref.at[batch, units])
+    lengths = values.per_row(lengths_ref.at[tile])
+    z_first = given(0)
+    plgpu.barrier_wait(ready)
+
+    def step(k: Any, carry: Any) -> Any:
+        c_old, h_old, z = carry
+        t, now, later = time(k), slot_of(k), slot_of(k + 1)
+        pairs = [
+            [(weights.at[here, group, pair], h_pair.at[here, now])] for pair in range(2)
+        ]
+
+        def meanwhile() -> tuple[Any, ...]:
+            """Does what does not wait for the product."""
+            fresh = None if resets_ref is None else resets_ref.at[t, tile]
+            fresh = None if fresh is None else values.per_row(fresh)
+            return fresh, given(k + 1)
+
+        sums, (fresh, z_next) = registers.sums(pairs, meanwhile)
+        for pair, total in enumerate(sums):
+            place = z_tile.at[here, group, :, pl.ds(pair * PAIR, PAIR)]
+            registers.store(place, total)
+        plgpu.commit_smem()
+        recurrent = [
+            values.load(z_tile.at[here, group, :, pl.ds(n * WIDTH, WIDTH)])
+            for n in range(4)
+        ]
+        c_start = c_old
+        if fresh is not None:
+            recurrent = [jnp.where(fresh != 0, 0.0, part) for part in recurrent]
+            c_start = jnp.where(fresh != 0, 0.0, c_old)
+        z = [a + b for a, b in zip(z, recurrent, strict=True)]
+        gates = activated(z, approximate=dtype.itemsize == 2)
+        c, h = update(*gates, c_start)
+        live = t < lengths
+        c = jnp.where(live, c, c_old)
+        h = jnp.where(live, h, h_old)
+
+        values.store(h_pair.at[here, later, :, units], h)
+        plgpu.commit_smem()
+        places = [(later, pl.ds(row, EIGHT), units) for row in range(0, rows, EIGHT)]
+        part = EIGHT * WIDTH * dtype.itemsize
+        copies = [Copy(at, at, other, part) for other in peers for at in places]
+        exchange.publish(k, h_pair, h_pair, copies, part * len(copies))
+        values.store(hs_ref.at[t, batch, units], jnp.where(live, h, 0.0))
+        if keep:
+            values.store(before_ref.at[t, batch, units], c_start)
+            for n, gate in enumerate(gates):
+                values.store(gates_ref.at[t, batch, n, units], gate)
+        # Of the last step too: a branch here would cost more, in every step.
+        exchange.wait(k)
+        return c, h, z_next
+
+    c, h, _ = lax.fori_loop(0, end, step, (c_first, h_first, z_first))
+    values.store(c_last_ref.at[batch, units], c)
+    values.store(h_last_ref.at[batch, units], h)
+
+    def clear(t: Any, nothing: None) -> None:
+        values.store(hs_ref.at[t, batch, units], jnp.zeros_like(h))
+
+    lax.fori_loop(end, steps, clear, None)
+    exchange.finish()
+
+
+def forward_pass(
+    gates: Any,
+    weights: Any,
+    c: Any,
+    h: Any,
+    lengths: Any,
+    resets: Any,
+    *,
+    reverse: bool,
+    keep: bool,
+    plan: Plan,
+    interpret: Any = None,
+) -> tuple[Any, ...]:
+    """Runs the kernel; arguments and results are those of `single.forward_pass`."""
+    steps, filled, _, size = gates.shape
+    dtype, kept, rows = weights.dtype, kept_dtype(weights.dtype), plan.rows
+    team = Team(plan.blocks, size // (WIDTH * plan.blocks), together=bool(interpret))
+    out_type = [
+        jax.ShapeDtypeStruct((steps, filled, size), dtype),
+        jax.ShapeDtypeStruct((filled, size), jnp.float32),
+        jax.ShapeDtypeStruct((filled, size), dtype),
+    ]
+    if keep:
+        out_type.append(jax.ShapeDtypeStruct((steps, filled, size), jnp.float32))
+    copies = (team.members - 1) * team.groups * rows // EIGHT
+    scratch = [
+        tiles((team.in_block, team.groups, 2, PAIR, size), dtype),
+        tiles((team.in_block, SLOTS, rows, size), dtype),
+        tiles((team.in_block, team.groups, rows, 2 * PAIR), jnp.float32),
+        plgpu.Barrier(num_arrivals=2 * team.groups + 1, num_barriers=team.in_block),
+        team.barriers(copies),
+    ]
+    operands = [weights_of_pairs(weights), c, h, tile_ends(lengths, rows)]
+    operands.append(lengths.reshape(-1, rows))
+    if resets.size:
+        operands.append(tile_resets(resets, filled, rows))
+    run = compat.kernel(
+        partial(
+            body,
+            team=team,
+            rows=rows,
+            reverse=reverse,
+            keep=keep,
+            cuts=bool(resets.size),
+            plain=Registers.of(interpret).plain,
+        ),
+        out_type=out_type,
+        scratch_types=scratch,
+        interpret=interpret,
+        name="flax_lstm_forward",
+        approx_math=dtype.itemsize == 2,
+        auto_barriers=False,
+        **team.mesh(filled // rows),
+    )
+    if not keep:
+        hs, c, h = run(gates, *operands)
+        empty = jnp.zeros((0, 0, 4, size), kept)
+        return hs, c, h, empty, jnp.zeros((0, 0, size), jnp.float32)
+    in_place = jax.new_ref(gates, memory_space=plgpu.GMEM)
+    hs, c, h, before = run(in_place, *operands)
+    return hs, c, h, jax.freeze(in_place), before
