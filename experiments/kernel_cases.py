@@ -61,7 +61,17 @@ TPU = cases(
     ),
 )
 
-HOPPER: list[Case] = []
+HOPPER = [
+    # To 256 units: JAX 0.10 has no clusters of more than 8 blocks.
+    *cases(
+        ("cluster forward", "cluster inference", "cluster backward"),
+        (
+            ("bfloat16", (1024, 16, 256, 256)),
+            ("bfloat16", (512, 64, 200, 192)),
+            ("float32", (64, 64, 256, 256)),
+        ),
+    ),
+]
 
 
 def functions(
