@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -254,6 +255,21 @@ def test_every_way_of_going_parallel_gives_the_same_parameters(case):
         jax.tree.map(lambda a, b: close(a, b, 2e-5), got, want)
         jax.tree.map(lambda a, b: close(a, b, 1e-6), metrics, want_metrics)
         jax.tree.map(lambda a, b: close(a, b, 1e-5), sums, want_sums)
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_devices_exchange_sums_and_tokens_and_nothing_else_of_the_rows(sparse):
+    """Read in the compiled program; a kernel with no rule would gather its inputs."""
+    config = settings(sparse_embedding=sparse, parallel="sharded")
+    apply, optimizer, state = begin(config, rows=8)
+    program = train.parallelize(apply, optimizer, config, jax.devices()[:4])
+    placed = program.place_state(state), program.place_batch(draw_batch(0, rows=8))
+    compiled = jax.jit(program.step).lower(*placed).compile().as_text()
+    names = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
+    found = re.findall(rf"= (.*?) ({names})(?:-start)?\(", compiled)
+    assert any(name == "all-reduce" for _, name in found)
+    gathered = sorted(shape.split("{")[0] for shape, n in found if n != "all-reduce")
+    assert gathered == ([f"pred[8,{T}]", f"s32[8,{T}]"] if sparse else [])
 
 
 def test_dropout_differs_by_row_and_step_and_not_by_the_batch_around_it():
