@@ -62,6 +62,18 @@ TPU = cases(
 )
 
 HOPPER = [
+    # The layers of the tutorial; two eights of rows; as many rows as one SM can take at
+    # once; float32, multiplied as tf32.
+    *cases(
+        ("single forward", "single inference", "single backward"),
+        (
+            ("bfloat16", (244, 256, 300, 128)),
+            ("bfloat16", (244, 256, 128, 64)),
+            ("float16", (128, 2000, 128, 128)),
+            ("bfloat16", (32, 8192, 64, 64)),
+            ("float32", (244, 256, 128, 64)),
+        ),
+    ),
     # To 256 units: JAX 0.10 has no clusters of more than 8 blocks.
     *cases(
         ("cluster forward", "cluster inference", "cluster backward"),
@@ -69,6 +81,22 @@ HOPPER = [
             ("bfloat16", (1024, 16, 256, 256)),
             ("bfloat16", (512, 64, 200, 192)),
             ("float32", (64, 64, 256, 256)),
+        ),
+    ),
+    *cases(
+        ("grid forward", "grid backward"),
+        (
+            ("bfloat16", (1024, 128, 1024, 1024)),  # chunks are fetched again
+            ("float16", (2048, 1, 1024, 1024)),
+            ("bfloat16", (64, 16, 256, 1280)),
+            ("float32", (64, 64, 512, 512)),
+        ),
+    ),
+    *cases(
+        ("step forward", "step backward"),
+        (
+            ("bfloat16", (64, 64, 256, 2048)),
+            ("float32", (40, 3, 5, 1100)),  # nothing fits the tiles
         ),
     ),
 ]

@@ -210,8 +210,10 @@ def keep_programs(command: Command) -> None:
 def quieten_libraries(debug: bool) -> None:
     """Keeps the libraries' notes off the screen; their errors still show."""
     if not debug:
-        for name in ("absl", "orbax", "jax", "datasets", "httpx"):
+        for name in ("orbax", "jax", "datasets", "httpx"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # Orbax logs there, with a traceback for each of its threads, what it raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
 
 

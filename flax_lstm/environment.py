@@ -29,6 +29,27 @@ PACKAGES = (
 )
 
 
+class NoDeviceError(RuntimeError):
+    """JAX has no device of the platform that it was told to use."""
+
+
+def check_devices() -> None:
+    """Starts JAX's backend, or says in one line why there is none.
+
+    Raises:
+      NoDeviceError: If there is none.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts, with no text
+        wanted = jax.config.values.get("jax_platforms")
+        why = (str(error).strip().splitlines() or ["none of them has a device here"])[0]
+        raise NoDeviceError(
+            f"JAX_PLATFORMS={wanted} cannot be had: {why}. Unset it to use what there "
+            "is, or set it to cpu."
+        ) from error
+
+
 def describe(devices: Sequence[Any]) -> dict[str, Any]:
     """Returns versions, devices, Python, commit and command of this process."""
     return {

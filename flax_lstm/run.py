@@ -106,6 +106,7 @@ def train(
     startup = Startup(time.perf_counter() if started is None else started)
     with distributed.watching():
         with distributed.together():
+            environment.check_devices()
             check_settings(config)
             config = with_absolute_paths(config)
             if folder is None:

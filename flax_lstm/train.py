@@ -184,24 +184,27 @@ def make_train_step(
             params = with_embedding(params, embedding.at[used.ids].get(mode="clip"))
 
         def loss_of(params: Any, rows: tuple) -> tuple[Array, Any]:
-            tokens, lengths, labels, share, keys, carry = rows
+            tokens, lengths, labels, weights, share, keys, carry = rows
             logits, carry = apply(params, tokens, lengths, state=carry, key=keys)
             loss = _total(row_losses(config.loss, logits, labels), share)
-            return loss, (_total(correct(logits, labels), share), carry)
+            return loss, (_total(correct(logits, labels), weights), carry)
 
         def sums_of(rows: tuple) -> tuple[Any, Any]:
-            (loss, (accuracy, carry)), gradients = jax.value_and_grad(
+            (loss, (hits, carry)), gradients = jax.value_and_grad(
                 loss_of, has_aux=True
             )(params, rows)
-            return (loss, accuracy, gradients), carry
+            return (loss, hits, gradients), carry
 
         # Sums over rows of shares of the whole batch: parts of it simply add up.
         sums, carry = in_parts(
             sums_of,
-            (tokens, batch.lengths, batch.labels, share, keys, state.carry),
+            (
+                *(tokens, batch.lengths, batch.labels, batch.weights),
+                *(share, keys, state.carry),
+            ),
             config.gradient_accumulation,
         )
-        loss, accuracy, gradients = over_devices(sums)
+        loss, hits, gradients = over_devices(sums)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, optimizer_state = update(
@@ -215,7 +218,8 @@ def make_train_step(
         )
         metrics = {
             "loss": loss,
-            "accuracy": accuracy,
+            # Of a count: the same however the rows are split.
+            "accuracy": hits / jnp.maximum(count, jnp.finfo(count.dtype).tiny),
             "grad_norm": norm,
             "count": count,
             "tokens": over_devices(count_tokens(batch)),

@@ -18,6 +18,7 @@ from flax_lstm import folder as files
 from flax_lstm.batching import assemble
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config, DataConfig, UserError
+from flax_lstm.environment import check_devices
 from flax_lstm.model_state import classifier, initial_carry, restore, state_template
 from flax_lstm.settings import (
     check_checkpoint,
@@ -84,6 +85,7 @@ class Run:
           UserError: If the folder holds no run, or its files do not fit together.
           CheckpointError: If no intact checkpoint is left.
         """
+        check_devices()
         folder = Path(folder).resolve()
         config = recorded_config(folder)
         summary = files.read_json(folder / files.SUMMARY)

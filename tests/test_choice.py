@@ -46,7 +46,6 @@ def test_none_runs_the_kernel_of_a_tpu_and_says_it_never_ran():
         (("tpu", "TPU v5e"), {"dtype": jnp.float16}, "computation dtype is float16"),
         (("tpu", "TPU v5e"), {"hidden": 4096}, "hidden sizes of 1 to 2048"),
         (("cuda", "8.0"), {}, "compute capability 9.0 (Hopper); this is 8.0"),
-        (("cuda", "9.0"), {"hidden": 100_000}, "shared memory"),
     ],
 )
 def test_why_the_kernel_of_an_accelerator_cannot_run(device, options, reason):

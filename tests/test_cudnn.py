@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 import reference
+from flax_lstm_kernels.target import on
 from jax.experimental import rnn
 
-from flax_lstm import LSTMState, cudnn, init_lstm_params
+from flax_lstm import LSTMState, cudnn, init_lstm_params, lstm
 
 
 def stand_in(x, h, c, weights, lengths, size, hidden, layers, dropout, both, precision):
@@ -79,3 +80,28 @@ def test_tf32_is_used_where_it_is_allowed(allowed, precision):
             run=told,
         )
     assert given == [precision]
+
+
+@pytest.fixture
+def sizes_told(monkeypatch):
+    """Lets the binding be traced, which asks cuDNN for the size of its memory."""
+    name = "compute_rnn_workspace_reserve_space_sizes"
+    monkeypatch.setattr(rnn.gpu_rnn, name, lambda *_: (0, 64), raising=False)
+    with on("cuda", "8.0"):
+        yield
+
+
+def loss(x):
+    params = init_lstm_params(jax.random.key(0), 3, 5)
+    lengths = jnp.arange(8) % 7
+    return jnp.sum(lstm(params, x, lengths=lengths, implementation="cudnn")[1] ** 2)
+
+
+def test_it_is_called_forward_and_backward(sizes_told):
+    program = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((6, 8, 3))))
+    assert program.count("rnn_fwd[") == program.count("rnn_bwd[") == 1
+
+
+def test_a_vmap_which_the_binding_cannot_do_raises(sizes_told):
+    with pytest.raises(NotImplementedError, match="Batching rule"):
+        jax.eval_shape(jax.vmap(loss), jnp.ones((1, 6, 8, 3)))

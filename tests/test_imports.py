@@ -72,22 +72,24 @@ ARROWS = {
     "epochs": f"config {WORK} distributed events folder progress startup stopping",
     "settings": "config folder host_memory",
     "model_state": f"{MODULES} checkpoint train",
-    "trained": "batching config data checkpoint folder model_state settings train",
+    "trained": "batching config data checkpoint environment folder model_state "
+    "settings train",
     "run": "config data checkpoint distributed environment epochs events folder "
     "host_memory mesh model_state progress settings startup stopping train trained",
     "bench": f"{CORE} config convert environment host_memory",
-    "commands": "bench config distributed events report run settings stopping trained",
+    "commands": "bench config distributed environment events report run settings "
+    "stopping trained",
     "cli": "bench commands config distributed environment host_memory startup stopping",
     "kernels": "cell",
     "experiments": f"{MODULES} {WORK} convert distributed environment events folder "
-    "host_memory model_state report run cli kernels bench",
+    "host_memory leaves model_state report run cli kernels bench",
 }
 LIBRARIES = ("torch", "keras", "haiku", "equinox")
 # Third-party packages that only these nodes touch.
 OWNERS = {
     "datasets": {"parquet", "sources", "experiments"},
     "tokenizers": {"text"},
-    "orbax": {"checkpoint"},
+    "orbax": {"checkpoint", "experiments"},
     "tyro": {"cli", "commands"},
     "rich": {"bench", "commands", "report"},
     # Peers, which are raced and are no dependency.

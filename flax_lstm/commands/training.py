@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from flax_lstm import distributed, report
+from flax_lstm import distributed, environment, report
 from flax_lstm.commands.answers import show_traces
 from flax_lstm.commands.arguments import Train
 from flax_lstm.commands.signals import listening
@@ -45,6 +45,7 @@ def train(command: Train, started: float | None = None) -> None:
     if command.distributed != "off":
         keep_output_apart()
     distributed.join(command.distributed, command.process_id, command.process_count)
+    environment.check_devices()
     quiet = command.quiet or not distributed.is_first()
     out = Screen()
     err = Screen(stderr=True)

@@ -26,6 +26,12 @@ falling rate, and dropout: optimiser, step and key all matter."""
 STEPS, BATCHES = 32, 8
 """Of such a run, and of an epoch of it."""
 
+LISTEN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+"""What a shell starts in the background, as CI's lanes are, ignores Ctrl-C."""
+
 MAIN = "import sys\nfrom flax_lstm.cli import main\nsys.exit(main())"
 
 
@@ -65,7 +71,7 @@ def start(*argv: str, fault: str = "", **options: Any) -> subprocess.Popen:
     environment = {**os.environ, "COLUMNS": "100", "JAX_PLATFORMS": "cpu"}
     environment.update(options.pop("env", {}))
     return subprocess.Popen(
-        [sys.executable, "-c", f"{fault}\n{MAIN}", *argv],
+        [sys.executable, "-c", f"{LISTEN}\n{fault}\n{MAIN}", *argv],
         stdin=subprocess.DEVNULL,
         stdout=options.pop("stdout", subprocess.PIPE),
         stderr=options.pop("stderr", subprocess.PIPE),
@@ -99,8 +105,10 @@ def train(
 
 
 def train_argv(source: Path, folder: Path, *argv: str) -> Sequence[str]:
-    """Returns the arguments of the tiny run."""
-    return ["train", "--data", str(source), "--out", str(folder), *TINY, *argv]
+    """Returns the arguments of the tiny run, with those given put over them."""
+    pairs = zip(TINY[::2], TINY[1::2], strict=True)
+    tiny = [word for pair in pairs if pair[0] not in argv for word in pair]
+    return ["train", "--data", str(source), "--out", str(folder), *tiny, *argv]
 
 
 def at_step(step: int, action: str, *, after: bool = False) -> str:
@@ -135,8 +143,48 @@ flax_lstm.run.parallelize = with_fault
 """
 
 
+SAVED_AT_ONCE = """
+import flax_lstm.checkpoint
+begin = flax_lstm.checkpoint.Checkpoints.save
+def saved(self, *args, **kwargs):
+    begin(self, *args, **kwargs)
+    self.wait()
+flax_lstm.checkpoint.Checkpoints.save = saved
+"""
+"""Put before a fault, so that it meets no save that is still under way."""
+
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 """An action: dies at once, as from the out-of-memory killer."""
+
+COMPILING = """
+import os, signal, sys, threading, time
+import flax_lstm.run
+from flax_lstm.startup import Startup
+compiled, started = flax_lstm.run.parallelize, []
+def act():
+    time.sleep(0.7)
+    {action}
+def with_fault(*args, **kwargs):
+    program = compiled(*args, **kwargs)
+    def step(state, batch):
+        if not started:
+            started.append(1)
+            threading.Thread(target=act).start()
+        return program.step(state, batch)
+    return program._replace(step=step)
+flax_lstm.run.parallelize = with_fault
+first_step = Startup.first_step
+def told(self):
+    if self.seconds is None:
+        sys.stderr.write("a step was taken\\n")
+    first_step(self)
+Startup.first_step = told
+"""
+"""A fault: an action in a thread of its own, while the first step is being compiled.
+
+To be filled in by `format`. A child that keeps no compiled programs takes seconds for
+that, and says when it is done.
+"""
 
 TIMES = ("seconds", "tokens_per_second", "validation_seconds", "wait_share")
 """Of the record of an epoch, what no two runs have in common."""

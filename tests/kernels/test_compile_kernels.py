@@ -24,7 +24,8 @@ def script(load):
 def row(script, **changed):
     """A row of a target that has all costs."""
     key = dict(zip(script.KEY, ("v5e", "forward", "float32", 1, 2, 3, 4), strict=True))
-    return key | dict.fromkeys(script.COSTS, 1000) | {"spill_bytes": 0} | changed
+    costs = dict.fromkeys(script.COSTS, 1000) | {"spill_bytes": 0}
+    return key | {"jax": "1.2.3"} | costs | changed
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,16 @@ def test_costs_that_a_target_does_not_have_are_not_judged(script):
         del told[cost]
         budget[cost] = ""
     assert script.judged([told], [budget]) == []
+
+
+def test_the_code_of_another_jax_is_not_held_to_the_budget(script):
+    told = row(script, registers=2000, jax="1.3.0")
+    budget = {name: str(value) for name, value in row(script).items()}
+    assert script.judged([told], [budget]) == []
+    assert "not held to their budgets" in script.verdict([told], [budget])
+    assert "within their budgets" in script.verdict([row(script)], [budget])
+    spilling = row(script, spill_bytes=8, jax="1.3.0")
+    assert script.judged([spilling], [budget])
 
 
 def test_every_case_has_a_budget_on_every_target(script):

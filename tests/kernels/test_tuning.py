@@ -95,7 +95,7 @@ def test_the_fastest_plan_is_written_and_then_used(script, table, monkeypatch):
     assert calls == [plan for _, plan, _ in given[:4]]
     assert (row["time"], row["heuristic_time"]) == (100.0, 200.0)
     script.write([row], table)
-    script.write([{**row, "rows": 7}, row], table)
+    script.write([{**row, "rows": 7}], table)
     tuning.read.cache_clear()
     assert len(tuning.read(table)) == 2
     sizes = tpu.plan.Sizes(2, 32, 3, 100, 2, True)

@@ -16,7 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from flax_lstm_kernels.gpu import cluster, cluster_backward, single, single_backward
+from flax_lstm_kernels.gpu import (
+    cluster,
+    cluster_backward,
+    grid,
+    single,
+    single_backward,
+    step,
+)
 from flax_lstm_kernels.gpu.arrange import (
     fill,
     gates_apart,
@@ -30,10 +37,17 @@ from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 
 __all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
 
-FORWARD = {"single": single.forward_pass, "cluster": cluster.forward_pass}
+FORWARD = {
+    "single": single.forward_pass,
+    "cluster": cluster.forward_pass,
+    "grid": grid.forward_pass,
+    "step": step.forward_pass,
+}
 BACKWARD = {
     "single": single_backward.backward_pass,
     "cluster": cluster_backward.backward_pass,
+    "grid": grid.backward_pass,
+    "step": step.backward_pass,
 }
 
 

@@ -41,7 +41,7 @@ def hardware_sigmoid(x: Any) -> Any:
     return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 
-def activated(z: Any, *, approximate: bool) -> tuple[Any, ...]:
+def activated(z: Any, *, approximate: bool) -> tuple[Any, Any, Any, Any]:
     """Turns the four pre-activations into gates."""
     return squash(*z, sigmoid=hardware_sigmoid if approximate else jax.nn.sigmoid)
 
@@ -161,7 +161,7 @@ class Registers(NamedTuple):
             found = meanwhile()
             return tuple(total[...] for total in totals), found
 
-        totals = [plgpu.ACC((UNITS, rows), jnp.float32)] * len(pairs)
+        totals = [plgpu.WGMMAAccumulatorRef((UNITS, rows), jnp.float32)] * len(pairs)
         return pl.run_scoped(scope, *totals)
 
 

@@ -9,6 +9,7 @@ Axes     T time, B batch, H hidden size; rows and units in whole tiles are N and
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from flax_lstm_kernels import compat
@@ -27,13 +28,51 @@ SPARE = 4 << 10
 ROWS = 8  # the least of a tile: columns of the matrix instruction
 
 
+# Of `grid` and `step`, see `slabs`.
+SLAB_UNITS = 16  # of a block: four gates of them are the 64 rows of wgmma
+SLAB_ROWS = (8, 16, 32, 64)
+PADDED = 4 * SLAB_UNITS + 8  # so that turned rows begin in different banks
+MOST_BLOCKS = 128  # of `grid`, all of which have to run at once
+
+
+def chunk_of(size: int, itemsize: int) -> int:
+    """Returns the columns of a slab in one copy: 256 bytes where they divide it.
+
+    >>> chunk_of(1024, 2), chunk_of(1024 + 64, 2), chunk_of(1024, 4)
+    (128, 64, 64)
+    """
+    chunk = 256 // itemsize
+    return chunk if size % chunk == 0 else 64
+
+
+def blocks_at_once() -> int:
+    """Returns how many blocks are sure to run at once on the default device.
+
+    Where that is no GPU, as when a kernel is compiled for one that is not there: on an
+    H100 with all of its multiprocessors.
+    """
+    device = jax.devices()[0]
+    present = device.core_count if device.platform == "gpu" else BLOCKS
+    return min(MOST_BLOCKS, present)
+
+
+def tiles_at_once(size: int) -> int:
+    """Returns how many tiles of `grid` run at once, for P units; 0 if not even one.
+
+    >>> tiles_at_once(1024), tiles_at_once(1280), tiles_at_once(2112)
+    (2, 1, 0)
+    """
+    return blocks_at_once() // (size // SLAB_UNITS)
+
+
 class Plan(NamedTuple):
     """How the work is cut up.
 
     Attributes:
       kernel: Which kernel.
       rows: Rows of the batch in one tile; a multiple of 8.
-      stages: Steps whose inputs are in shared memory, or on their way.
+      stages: Steps whose inputs are in shared memory, or on their way; of `grid` and
+        `step`, chunks of the operand.
       blocks: Blocks over which the units of one tile are spread.
     """
 
@@ -153,9 +192,57 @@ def plan_cluster(sizes: Sizes, largest: int = compat.MAX_CLUSTER) -> Plan | str:
     )
 
 
+def slab_bytes(sizes: Sizes, rows: int, stages: int, *, resident: bool) -> int:
+    """Returns the shared memory that `grid` and `step` ask for; see `slabs`."""
+    size, item = up(sizes.hidden, UNITS), sizes.itemsize
+    chunk = chunk_of(size, item)
+    weights = 64 * (size if resident else stages * chunk)
+    return (weights + stages * rows * chunk) * item + rows * PADDED * 4
+
+
+def slab_rows(sizes: Sizes, at_once: int) -> list[int]:
+    """Returns rows of a tile for `slabs`, the better first.
+
+    That is the fewest that make all tiles run at once: a step's time depends on them
+    only from 32 up. More than 64 would leave no room for the weights.
+    """
+    enough = [rows for rows in SLAB_ROWS if rows * at_once >= sizes.rows]
+    best = enough[0] if enough else SLAB_ROWS[-1]
+    return [rows for rows in reversed(SLAB_ROWS) if rows <= best]
+
+
+def plan_grid(sizes: Sizes) -> Plan | str:
+    """Plans `grid`: the weights stay in the shared memory of many blocks."""
+    size = up(sizes.hidden, UNITS)
+    at_once = tiles_at_once(size)
+    if not at_once:
+        return (
+            f"grid: {sizes.hidden} units take {size // SLAB_UNITS} blocks; no more "
+            f"than {blocks_at_once()} are sure to run at once"
+        )
+    limit, chunks = SHARED_MEMORY - SPARE, size // chunk_of(size, sizes.itemsize)
+    for rows in slab_rows(sizes, at_once):
+        for stages in (16, 8, 4, 2):
+            stages = min(stages, chunks)
+            needed = slab_bytes(sizes, rows, stages, resident=True)
+            if needed <= limit:
+                return Plan("grid", rows, stages)
+    return (
+        f"grid: {sizes.hidden} units of {sizes.itemsize} bytes need "
+        f"{needed / 1024:.0f} KiB of shared memory; a block has {limit / 1024:.0f}"
+    )
+
+
+def plan_step(sizes: Sizes) -> Plan | str:
+    """Plans `step`, which can run at any size."""
+    return Plan("step", slab_rows(sizes, 1)[0], 4)
+
+
 PLANNERS: dict[Kernel, Callable[[Sizes], Plan | str]] = {
     "single": plan_single,
     "cluster": plan_cluster,
+    "grid": plan_grid,
+    "step": plan_step,
 }
 
 

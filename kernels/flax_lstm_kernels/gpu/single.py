@@ -11,6 +11,12 @@ Resident The recurrent weights and two h (the one read, the one written) in shar
          memory, c in registers.
 Step     wgmma on h starts; while it runs, the last step's results go out and later
          steps' gates come in; then the pointwise part, h to shared memory, a barrier.
+Barriers None but those written here: 3 of a warpgroup in a step, where Pallas'
+         automatic ones would make it 21. What is read of shared memory is overwritten
+         only after a `meet`, or for a warpgroup alone a `commit_smem`, which every
+         thread reaches when it has read: of h, a step later; of the gates that came in,
+         at the next step's fetch. What goes out is overwritten after
+         `wait_smem_to_gmem`, where all threads wait.
 Memory   The gates after activation take the place of those before.
 Masks    Past a row's length c and h stay and hs is 0; at a reset h R and c are taken
          as 0.
@@ -97,13 +103,17 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
                 registers.store(out_gates.at[group, n], gate)
         plgpu.commit_smem()
         t = time(k)
-        plgpu.copy_smem_to_gmem(h_tile.at[group], hs_ref.at[t, rows, units])
         if keep:
-            plgpu.copy_smem_to_gmem(c_tile.at[group], before_ref.at[t, rows, units])
             for n in range(4):
                 plgpu.copy_smem_to_gmem(
-                    out_gates.at[group, n], gates_ref.at[t, rows, n, units]
+                    out_gates.at[group, n],
+                    gates_ref.at[t, rows, n, units],
+                    commit_group=False,
                 )
+            plgpu.copy_smem_to_gmem(
+                c_tile.at[group], before_ref.at[t, rows, units], commit_group=False
+            )
+        plgpu.copy_smem_to_gmem(h_tile.at[group], hs_ref.at[t, rows, units])
 
     def step(k: Any, carry: Any) -> Any:
         c_old, h_old, last = carry
@@ -241,6 +251,7 @@ def forward_pass(
         interpret=interpret,
         name="flax_lstm_forward",
         approx_math=dtype.itemsize == 2,
+        auto_barriers=False,  # see Barriers above
         grid=(filled // plan.rows,),
         grid_names=("tile",),
         num_threads=groups,

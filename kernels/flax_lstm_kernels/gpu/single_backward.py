@@ -13,6 +13,8 @@ Resident The recurrent weights and two dz (the one read, the one written) in sha
          memory, dh and dc in registers.
 Step     wgmma on the last step's dz starts; while it runs, that dz goes out, later
          steps' gates come in, and all is made ready that does not need dh.
+Barriers As in `single`, with dz in the place of h; dz also goes out from where it is
+         multiplied, and TMA has read it before it is overwritten two steps later.
 Masks    Past a row's length dh and dc stay and dz is 0; no gradient passes a reset.
 Numerics dz is rounded to the computation dtype, as operand and as result; sums, dh and
          dc are float32.
@@ -249,6 +251,7 @@ def backward_pass(
         interpret=interpret,
         name="flax_lstm_backward",
         approx_math=dtype.itemsize == 2,
+        auto_barriers=False,  # see Barriers above
         grid=(filled // plan.rows,),
         grid_names=("tile",),
         num_threads=groups,

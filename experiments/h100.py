@@ -1,0 +1,332 @@
+"""What the kernels do on an H100: are they right, how fast, and next to whom?
+
+    python experiments/h100.py                  on the machine; needs no network
+    python experiments/h100.py --dry            tiny and interpreted, on any machine
+    python experiments/h100.py --parts numbers-single race-bfloat16
+
+Every part is a process of its own with a time limit, so that a kernel that hangs costs
+its own part alone; all together end within `--minutes`. What a part finds is on disk
+when it has found it:
+
+    environment.json     device, driver, versions, commit
+    numbers-*.csv        every kernel against float64: values and gradients
+    race-*/results.csv   time against torch's cuDNN, JAX's, Flax's scan and our "xla":
+                         columns as those of `flax-lstm bench`, with the share of what
+                         the chip allows, measured in the same run
+    micro.csv            the operations that a step waits for (`h100_micro.py`)
+    targets.csv          what was asked of the kernels, and what was seen
+
+"float32" means products of tf32 operands, for all that take part; the part
+`race-exact` switches them off.
+"""
+
+# Imports what need not be installed.
+# pyright: reportMissingImports=false
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
+RESULTS = Path(__file__).parent / "results" / "h100"
+LIMITS_S = {
+    "environment": 60,
+    "numbers-single": 75,
+    "numbers-cluster": 60,
+    "numbers-grid": 45,
+    "numbers-step": 45,
+    "race-bfloat16": 170,
+    "race-float32": 170,
+    "micro": 60,
+    "race-float16": 90,
+    "race-exact": 90,
+}
+"""Parts in the order of their weight, and the seconds that each may take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """How many times faster than a peer ours must be.
+
+    Attributes:
+      part: The race that shows it.
+      shape: Name of a shape of `race_shapes`.
+      mode: "forward" or "gradient".
+      peer: "cudnn" for the fastest of torch's and JAX's, "flax" for Flax's scan.
+      ratio: The peer's time over ours.
+    """
+
+    part: str
+    shape: str
+    mode: str
+    peer: str
+    ratio: float
+
+
+def targets() -> Iterator[Target]:
+    """Yields what was asked of the kernels before any of them had run."""
+    for mode in ("forward", "gradient"):
+        for shape in ("tutorial-244-1", "tutorial-244-2"):
+            yield Target("race-bfloat16", shape, mode, "cudnn", 2.0)
+            yield Target("race-bfloat16", shape, mode, "flax", 10.0)
+        for part in ("race-bfloat16", "race-float32"):
+            yield Target(part, "batch-512", mode, "cudnn", 2.0)
+            yield Target(part, "stream-16", mode, "cudnn", 2.0)
+        yield Target("race-bfloat16", "batch-1024", mode, "cudnn", 1.3)
+    yield Target("race-bfloat16", "row-1024", "forward", "cudnn", 2.0)
+
+
+PEERS = {
+    "cudnn": ("torch", "torch-packed", "jax-cudnn"),
+    "flax": ("linen-optimized", "linen-plain", "nnx-optimized", "nnx-plain"),
+}
+
+
+def race_shapes(dry: bool) -> list[Any]:
+    """Returns the shapes of the targets; in a dry run tiny ones of the same names."""
+    from flax_lstm.bench.shapes import SHAPES, Shape
+
+    shapes = [
+        SHAPES["tutorial-244-1"],
+        SHAPES["tutorial-244-2"],
+        Shape("batch-512", 64, 512, 512, 512, "many rows, H 512"),
+        Shape("stream-16", 16, 1024, 256, 256, "few rows, long"),
+        Shape("batch-1024", 128, 1024, 1024, 1024, "many rows, H 1024"),
+        Shape("row-1024", 1, 2048, 1024, 1024, "one row, H 1024", modes=("forward",)),
+    ]
+    if dry:
+        shapes = [dataclasses.replace(s, batch=2, steps=3, inputs=8) for s in shapes]
+        shapes = [dataclasses.replace(s, hidden=64) for s in shapes[:2]]
+    return shapes
+
+
+def environment_part(out: Path, dry: bool) -> None:
+    """Writes what the machine is; fails where it is no Hopper."""
+    import jax
+
+    from flax_lstm import environment
+
+    found = environment.describe(jax.devices())
+    query = "name,driver_version,memory.total,clocks.max.sm,mig.mode.current"
+    for name, command in (
+        ("nvidia_smi", ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]),
+        ("torch", [sys.executable, "-c", TORCH]),
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+            found[name] = done.stdout.strip() or done.stderr.strip()[-300:]
+        except OSError as error:
+            found[name] = str(error)
+    (out / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    kind = jax.devices()[0].device_kind
+    if not dry and not any(name in kind for name in ("H100", "H200", "GH200")):
+        raise SystemExit(f"needs a Hopper GPU (H100, H200); the device is {kind}")
+
+
+TORCH = (
+    "import torch; print(torch.__version__, torch.version.cuda, "
+    "torch.backends.cudnn.version())"
+)
+
+
+def micro_part(out: Path, dry: bool) -> None:
+    """Times the operations that a step waits for."""
+    import h100_micro
+
+    rows = []
+    for micro in h100_micro.micros():
+        if dry:
+            micro.make(1)  # only its definition: no interpreter runs all of them
+            print(f"{micro.name} {micro.size} {micro.unit}: defined")
+            continue
+        rows.append(h100_micro.measure(micro))
+        print(json.dumps(rows[-1]), flush=True)
+        write_csv(out / "micro.csv", rows)
+
+
+def race_part(dtype: str, out: Path, dry: bool, *, exact: bool = False) -> None:
+    """Times ours against the others in one dtype."""
+    import jax
+    from rich.console import Console
+
+    from flax_lstm.bench.main import race
+    from flax_lstm.bench.options import BenchOptions
+    from flax_lstm.bench.peers import catalogue
+
+    names = ["ours-pallas", "ours-xla", "torch", "linen-optimized"]
+    shapes = race_shapes(dry)
+    if dtype == "float32":
+        names += ["ours-cudnn", "jax-cudnn"]
+    if exact:
+        forbid_tf32()
+        names.remove("ours-pallas")
+    if exact or dtype == "float16":
+        names.remove("linen-optimized")
+        shapes = [s for s in shapes if s.name in ("tutorial-244-1", "stream-16")]
+    if not dry and jax.default_backend() != "gpu":
+        raise SystemExit(f"needs a CUDA device; JAX runs on {jax.default_backend()}")
+    known = catalogue.implementations()
+    options = BenchOptions(
+        dtypes=(dtype,), rounds=5, budget_s=0.0 if dry else 1.0, out=out, smoke=dry
+    )
+    race(options, shapes, [known[name] for name in names], Console(width=124))
+
+
+def forbid_tf32() -> None:
+    """Asks JAX, and torch where it is there, for products of whole float32."""
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        import torch
+    except ImportError:
+        return  # the race lists it as missing
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def judge_targets(out: Path) -> list[dict[str, Any]]:
+    """Returns a row for each target: the times, the ratio, and whether it holds."""
+    rows = []
+    for target in targets():
+        times = read_times(out / target.part, target.shape, target.mode)
+        ours = times.get("ours-pallas")
+        others = {n: times[n] for n in PEERS[target.peer] if n in times}
+        fastest = min(others, key=others.__getitem__, default=None)
+        ratio = others[fastest] / ours if ours and fastest else None
+        rows.append(
+            {
+                "dtype": target.part.removeprefix("race-"),
+                "shape": target.shape,
+                "mode": target.mode,
+                "against": fastest or target.peer,
+                "ours_ms": ours,
+                "theirs_ms": others.get(fastest) if fastest else None,
+                "asked": target.ratio,
+                "seen": ratio,
+                "met": None if ratio is None else ratio >= target.ratio,
+            }
+        )
+    return rows
+
+
+def read_times(folder: Path, shape: str, mode: str) -> dict[str, float]:
+    """Returns medians in milliseconds by implementation, of what was timed."""
+    path = folder / "results.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {
+            row["implementation"]: float(row["median_ms"])
+            for row in csv.DictReader(file)
+            if (row["shape"], row["mode"], row["status"]) == (shape, mode, "timed")
+        }
+
+
+def interpreted() -> contextlib.AbstractContextManager[Any]:
+    """Has the kernels interpreted, as on an H100, wherever this runs."""
+    from flax_lstm_kernels import target
+
+    return target.on("cuda", "9.0", interpret=True)
+
+
+def run_part(name: str, out: Path, dry: bool) -> None:
+    """Runs one part in this process."""
+    import h100_numbers
+
+    parts: dict[str, Callable[[], None]] = {
+        "environment": lambda: environment_part(out, dry),
+        "micro": lambda: micro_part(out, dry),
+        "race-exact": lambda: race_part("float32", out / name, dry, exact=True),
+    }
+    kind, _, which = name.partition("-")
+    if kind == "numbers":
+        wrong = h100_numbers.numbers_part(which, out, dry)
+        if wrong:
+            raise SystemExit(f"{len(wrong)} numbers are wrong or were not had")
+        return
+    parts.get(name, lambda: race_part(which, out / name, dry))()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS}; dry: a new one")
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--parts", nargs="+", choices=LIMITS_S, default=list(LIMITS_S))
+    parser.add_argument("--child", choices=LIMITS_S, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    dry_out = tempfile.mkdtemp(prefix="h100-dry-") if options.dry else RESULTS
+    out = Path(options.out or dry_out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if options.child:
+        with interpreted() if options.dry else contextlib.nullcontext():
+            run_part(options.child, out, options.dry)
+        return
+    end, failed = time.monotonic() + 60 * options.minutes, []
+    for name in options.parts:
+        print(f"\n== {name}", flush=True)
+        limit = min(LIMITS_S[name], end - time.monotonic())
+        why = run_child(name, out, options.dry, limit)
+        if why:
+            failed.append(f"{name}: {why}")
+            print(failed[-1], flush=True)
+            if name == "environment":
+                break
+    if not options.dry:
+        tell_targets(out)
+    print("\n".join(["", *failed, f"The results are in {out}."]))
+    raise SystemExit(bool(failed))
+
+
+def tell_targets(out: Path) -> None:
+    """Writes and prints what was asked and what was seen."""
+    rows = judge_targets(out)
+    write_csv(out / "targets.csv", rows)
+    print("\n== targets")
+    for row in rows:
+        seen = "not seen" if row["seen"] is None else f"{row['seen']:.2f}"
+        print(
+            f"{row['dtype']} {row['shape']} {row['mode']} against {row['against']}: "
+            f"asked {row['asked']:g}, {seen}"
+        )
+
+
+def run_child(name: str, out: Path, dry: bool, limit_s: float) -> str | None:
+    """Runs one part in a process of its own; returns what went wrong."""
+    if limit_s <= 0:
+        return "no time was left for it"
+    command = [sys.executable, __file__, "--child", name, "--out", str(out)]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if dry:
+        command.append("--dry")
+        environment["JAX_PLATFORMS"] = "cpu"
+    try:
+        code = subprocess.run(command, env=environment, timeout=limit_s).returncode
+    except subprocess.TimeoutExpired:
+        return f"was ended after {limit_s:.0f} s; what it had found is on disk"
+    return f"ended with exit code {code}" if code else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Are the kernels right on the device? Values and gradients against float64.
+
+Every case is drawn, computed by `implementation="pallas"` and by the scan in the same
+dtype on the device, and in float64 by the scan on the host. An error is the norm of the
+difference over the norm. A kernel may err at most twice as much as the scan, and one
+rounding of the dtype more: both sum in another order.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_lstm import LSTMParams, LSTMState, explain, lstm
+
+VARIANTS = ("plain", "lengths", "resets", "reverse", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape; odd sizes on purpose.
+
+    Attributes:
+      kernel: The kernel that is expected to run.
+      T: Steps.
+      B: Rows.
+      I: Input size.
+      H: Units.
+    """
+
+    kernel: str
+    T: int
+    B: int
+    I: int  # noqa: E741 the name of the axis everywhere in the project
+    H: int
+
+
+CASES = (
+    Case("single", 37, 70, 20, 64),
+    Case("single", 37, 130, 300, 128),
+    Case("single", 9, 3, 5, 100),
+    Case("cluster", 21, 70, 64, 256),
+    Case("cluster", 21, 33, 64, 512),
+    Case("grid", 13, 40, 64, 1024),
+    Case("step", 7, 40, 64, 2048),
+)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def numbers_rows(case: Case, dtype: str, variant: str) -> list[dict[str, Any]]:
+    """Returns a row for each result and gradient of one case."""
+    arrays, options = drawn(case, dtype, variant)
+    told = explain(*arrays[:3], implementation="pallas", **options)
+    row = dataclasses.asdict(case) | {"dtype": dtype, "variant": variant}
+    if told.implementation is None:
+        reason = told.reasons["pallas"]
+        return [row | {"quantity": "", "ok": "unable", "reason": reason}]
+    wanted = in_float64(arrays, options)
+    errors = {
+        name: distances(results(name, arrays, options), wanted)
+        for name in ("pallas", "scan")
+    }
+    slack = float(jnp.finfo(dtype).eps)
+    return [
+        row
+        | {
+            "quantity": quantity,
+            "error": error,
+            "scan_error": errors["scan"][quantity],
+            "ok": bool(error <= 2 * errors["scan"][quantity] + slack),
+            "reason": "",
+        }
+        for quantity, error in errors["pallas"].items()
+    ]
+
+
+def drawn(case: Case, dtype: str, variant: str) -> tuple[tuple, dict[str, Any]]:
+    """Returns `(params, inputs, state, cotangents)` and the options of a call."""
+    rng = np.random.default_rng([case.T, case.B, case.H])
+    bound = case.H**-0.5
+
+    def array(*shape: int, scale: float = 1.0) -> jax.Array:
+        return jnp.asarray(scale * rng.standard_normal(shape), dtype)
+
+    params = LSTMParams(
+        array(case.I, 4 * case.H, scale=bound),
+        array(case.H, 4 * case.H, scale=bound),
+        array(4 * case.H, scale=bound),
+    )
+    state = LSTMState(
+        array(case.B, case.H).astype(jnp.float32), array(case.B, case.H, scale=0.5)
+    )
+    cotangents = (
+        LSTMState(array(case.B, case.H).astype(jnp.float32), array(case.B, case.H)),
+        array(case.T, case.B, case.H),
+    )
+    options: dict[str, Any] = {}
+    if variant in ("lengths", "all"):
+        lengths = rng.integers(0, case.T + 1, case.B)
+        options["lengths"] = jnp.asarray(lengths, jnp.int32)
+    if variant in ("resets", "all"):
+        options["resets"] = jnp.asarray(rng.random((case.T, case.B)) < 0.1)
+    if variant in ("reverse", "all"):
+        options |= {"reverse": True, "keep_order": True}
+    return (params, array(case.T, case.B, case.I), state, cotangents), options
+
+
+def results(implementation: Any, arrays: tuple, options: dict[str, Any]) -> Any:
+    """Returns the final state and outputs, and the gradients of all arguments."""
+    params, inputs, state, cotangents = arrays
+
+    @jax.jit
+    def both(params: Any, inputs: Any, state: Any, cotangents: Any) -> Any:
+        def run(params: Any, inputs: Any, state: Any) -> Any:
+            return lstm(params, inputs, state, implementation=implementation, **options)
+
+        values, transpose = jax.vjp(run, params, inputs, state)
+        return values, transpose(cotangents)
+
+    return jax.device_get(both(params, inputs, state, cotangents))
+
+
+def in_float64(arrays: tuple, options: dict[str, Any]) -> Any:
+    """Returns `results` by the scan in float64 on the host."""
+    host = jax.devices("cpu")[0]
+    with jax.enable_x64(True), jax.default_device(host):
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), arrays)
+        near = jax.tree.map(
+            lambda x: x if isinstance(x, bool) else jnp.asarray(np.asarray(x)), options
+        )
+        return results("scan", wide, near)
+
+
+def distances(got: Any, wanted: Any) -> dict[str, float]:
+    """Returns the error of every result and gradient, by name."""
+    ((state, outputs), (params, inputs, first)) = got
+    ((want_state, want_outputs), (want_params, want_inputs, want_first)) = wanted
+    pairs = {
+        "outputs": (outputs, want_outputs),
+        "final_c": (state.c, want_state.c),
+        "final_h": (state.h, want_state.h),
+        "d_kernel": (params.kernel, want_params.kernel),
+        "d_recurrent_kernel": (params.recurrent_kernel, want_params.recurrent_kernel),
+        "d_bias": (params.bias, want_params.bias),
+        "d_inputs": (inputs, want_inputs),
+        "d_c": (first.c, want_first.c),
+        "d_h": (first.h, want_first.h),
+    }
+    return {name: distance(*pair) for name, pair in pairs.items()}
+
+
+def distance(got: Any, wanted: Any) -> float:
+    """Returns the norm of the difference over the norm."""
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    return float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30))
+
+
+def numbers_part(kernel: str, out: Path, dry: bool) -> list[dict[str, Any]]:
+    """Judges the cases of one kernel; returns the rows that are wrong.
+
+    What could not be computed counts as wrong, but for a dry run: no interpreter runs
+    all kernels.
+
+    Args:
+      kernel: Which one.
+      out: Folder of `numbers-KERNEL.csv`.
+      dry: Takes one small case, for a kernel that is interpreted.
+    """
+    from h100 import write_csv
+
+    cases = [case for case in CASES if case.kernel == kernel]
+    if dry:
+        cases = [dataclasses.replace(cases[0], T=3, B=3, I=5)]
+    rows = []
+    for case, dtype, variant in itertools.product(
+        cases, DTYPES[-1:] if dry else DTYPES, VARIANTS[-1:] if dry else VARIANTS
+    ):
+        rows += (new := numbers_rows(case, dtype, variant))
+        write_csv(out / f"numbers-{kernel}.csv", rows)
+        told = {row["reason"] or f"{row['error']:.1e}" for row in new}
+        print(case, dtype, variant, *sorted(told)[-1:], flush=True)
+    fine = (True, "unable") if dry else (True,)
+    return [row for row in rows if row["ok"] not in fine]

@@ -1,0 +1,105 @@
+"""One step forward of one block, for `step` and `grid` alike.
+
+    z = x[t] W + b + h R;  c, h = update(squash(z), c)
+
+Axes     T time, N rows of the tile, P hidden size in 64s.
+Exchange h of the step lies in one half of `turns [2, rows, P]`, that of the next in the
+         other: whoever has seen all parts of one half may overwrite the other.
+Masks    A reset row takes no part of the product (rows do not mix). A row past its
+         length keeps its state.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from flax_lstm.cell import update
+from flax_lstm_kernels.gpu.common import activated
+from flax_lstm_kernels.gpu.slabs import UNITS
+
+
+class Forward(NamedTuple):
+    """What the forward pass reads and writes, in global memory.
+
+    Attributes:
+      z: `[T, rows, 4, P]` pre-activations, in the bits of the computation dtype; with
+        what is kept the gates take their place.
+      slabs: `[4P, P]`, for each block of units its four gates (to, from).
+      lengths: `[rows]`.
+      resets: `[T, rows]`, or None.
+      turns: `[2, rows, P]`, see the file's head.
+      hs: `[T, rows, P]`.
+      before: `[T, rows, P]`, or None for nothing kept.
+    """
+
+    z: Any
+    slabs: Any
+    lengths: Any
+    resets: Any
+    turns: Any
+    hs: Any
+    before: Any
+
+    def slab(self, unit: Any) -> Any:
+        """Returns the weights of a block of units."""
+        return self.slabs.at[pl.ds(unit * 4 * UNITS, 4 * UNITS), :]
+
+    def step(
+        self,
+        block: Any,
+        flags: Any,
+        *,
+        t: Any,
+        turn: Any,
+        rows: Any,
+        unit: Any,
+        flag: Any,
+        count: Any,
+        c: Any,
+        h: Any,
+    ) -> tuple[Any, Any]:
+        """Returns c and h `[N, 16]` after step t.
+
+        Args:
+          block: The `Block`.
+          flags: `Flags`, or `Launches`.
+          t: The step.
+          turn: Which half of `turns` h is in.
+          rows: The rows of the tile.
+          unit: The number of the block's units.
+          flag: The tile's flag.
+          count: Its count when h is complete.
+          c: The cell before the step, float32.
+          h: The output before the step, float32.
+        """
+        units = pl.ds(unit * UNITS, UNITS)
+        # Nothing here depends on the other blocks: it is read ahead of the wait.
+        dtype = self.hs.dtype
+        z = [block.load(self.z.at[t, rows, n, units], dtype) for n in range(4)]
+        live = block.per_row(self.lengths.at[rows]) > t
+        fresh = None
+        if self.resets is not None:
+            fresh = block.per_row(self.resets.at[t, rows]) != 0
+        flags.wait(flag, count)
+        product = block.product(self.turns.at[turn, rows], self.slab(unit))
+        shares = block.turned(product)
+        start = c
+        if fresh is not None:
+            shares = [jnp.where(fresh, 0.0, share) for share in shares]
+            start = jnp.where(fresh, 0.0, c)
+        gates = activated(
+            [a + b for a, b in zip(z, shares, strict=True)],
+            approximate=dtype.itemsize == 2,
+        )
+        new_c, new_h = update(*gates, start)
+        new_h = new_h.astype(dtype).astype(jnp.float32)
+        h = jnp.where(live, new_h, h)
+        block.store(self.turns.at[1 - turn, rows, units], h)
+        flags.signal(flag)
+        block.store(self.hs.at[t, rows, units], jnp.where(live, new_h, 0.0))
+        if self.before is not None:
+            block.store(self.before.at[t, rows, units], start)
+            for gate, value in enumerate(gates):
+                block.store(self.z.at[t, rows, gate, units], value)
+        return jnp.where(live, new_c, c), h

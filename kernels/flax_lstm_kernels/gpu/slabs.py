@@ -1,0 +1,207 @@
+"""The share of one block in a step of the LSTM: what `step` and `grid` have in common.
+
+A block of one warpgroup owns 16 units of a tile of the batch. In both passes its matrix
+product is `slab [64, P] @ operand^T [P, N]`, with a slab of the recurrent weights that
+stays in shared memory (`grid`) or passes through it chunk by chunk (`step`). The
+operand, which all blocks need and each makes a part of, passes through it in any case.
+
+Axes     N rows of the tile, P hidden size in 64s; 64 = 4 gates of 16 units, or units.
+Ring     Chunks `[N, chunk]` of the operand, and `[64, chunk]` of a streamed slab, in
+         `stages` slots, each with its barrier.
+Turn     wgmma gives `[64, N]`; the block works on `[N, 16]`, as memory lies. The sums
+         are turned in shared memory.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from flax_lstm_kernels import compat
+from flax_lstm_kernels.gpu.arrange import fill
+from flax_lstm_kernels.gpu.common import tiled
+from flax_lstm_kernels.gpu.plan import PADDED, SLAB_UNITS, chunk_of
+
+UNITS, SLAB = SLAB_UNITS, 4 * SLAB_UNITS
+
+
+def slabs_out_in(weights: Any) -> Any:
+    """Puts the gates of each 16 units together: `[4, P, P]` becomes `[4P, P]`."""
+    gates, size, _ = weights.shape
+    apart = weights.reshape(gates, size // UNITS, UNITS, size)
+    return apart.swapaxes(0, 1).reshape(gates * size, size)
+
+
+def filled_resets(resets: Any, filled: int) -> Any:
+    """Returns the resets as int32, what registers compare best, for all rows."""
+    return fill((resets != 0).astype(jnp.int32), 1, filled)
+
+
+class Cut(NamedTuple):
+    """How the product of a block is cut up.
+
+    Attributes:
+      rows: N, rows of the batch in one tile: 8, or a multiple of 16.
+      size: P.
+      dtype: Of the operands.
+      stages: Chunks under way at once.
+      resident: The slab stays in shared memory.
+    """
+
+    rows: int
+    size: int
+    dtype: Any
+    stages: int
+    resident: bool
+
+    @property
+    def chunk(self) -> int:
+        """Returns the columns of a slab in one copy."""
+        return chunk_of(self.size, jnp.dtype(self.dtype).itemsize)
+
+    @property
+    def chunks(self) -> int:
+        """Returns the number of copies that a slab takes."""
+        return self.size // self.chunk
+
+    def layout(self) -> Any:
+        """Returns how `[N, 16]` lies in registers: adjacent threads, adjacent units."""
+        tall, vector = (8, 1) if self.rows == 8 else (16, 2)
+        tiling = plgpu.Tiling(((tall, UNITS), (tall // 4, UNITS), (vector,)))
+        return plgpu.Layout.TILED(
+            tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+        )
+
+    def scratch(self) -> list[Any]:
+        """Returns the shared memory and barriers of a `Block`, in its order."""
+        slabs = self.chunks if self.resident else self.stages
+        copies = 1 if self.resident else 2
+        return [
+            tiled((slabs, SLAB, self.chunk), self.dtype),
+            tiled((self.stages, self.rows, self.chunk), self.dtype),
+            plgpu.SMEM((self.rows, PADDED), jnp.float32),
+            plgpu.Barrier(num_arrivals=self.chunks),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=self.stages),
+        ]
+
+
+class Block(NamedTuple):
+    """The scratch of a block, and what it does with it."""
+
+    cut: Cut
+    plain: bool  # the interpreter at hand knows no layouts: see `common.Registers`
+    weights: Any
+    operands: Any
+    sums: Any
+    weights_here: Any
+    arrived: Any
+
+    def load(self, ref: Any, bits: Any = None) -> Any:
+        """Loads `[N, 16]` as float32; the bits may be those of another dtype."""
+        value = ref[...] if self.plain else compat.load(ref, self.cut.layout())
+        if bits is not None and bits != value.dtype:
+            value = lax.bitcast_convert_type(value, bits)
+        return value.astype(jnp.float32)
+
+    def store(self, ref: Any, value: Any) -> None:
+        """Stores `[N, 16]` into any memory, in its dtype."""
+        compat.store(ref, value.astype(ref.dtype))
+
+    def per_row(self, ref: Any) -> Any:
+        """Loads `[N]` of global memory, one for each row, as `[N, 16]`."""
+        layout = self.cut.layout()
+        value = ref[...] if self.plain else compat.load(ref, layout.reduce(1))
+        wide = lax.broadcast_in_dim(value, (self.cut.rows, UNITS), (0,))
+        return wide if self.plain else plgpu.layout_cast(wide, layout)
+
+    def keep_weights(self, slab: Any) -> None:
+        """Fetches the slab `[64, P]` to stay."""
+        for k in range(self.cut.chunks):
+            columns = pl.ds(k * self.cut.chunk, self.cut.chunk)
+            plgpu.copy_gmem_to_smem(
+                slab.at[:, columns], self.weights.at[k], self.weights_here
+            )
+        plgpu.barrier_wait(self.weights_here)
+
+    def product(self, operand: Any, slab: Any) -> Any:
+        """Returns `slab @ operand^T` as `[64, N]`.
+
+        Args:
+          operand: `[N, P]` in global memory.
+          slab: `[64, P]` in global memory; not looked at where it stays.
+        """
+        chunk, chunks, stages = self.cut.chunk, self.cut.chunks, self.cut.stages
+
+        # Loops, not unrolled: else the addresses of all chunks are kept in registers.
+        def fetch(k: Any, nothing: None = None) -> None:
+            columns, slot = pl.ds(k * chunk, chunk), lax.rem(k, stages)
+            here = self.arrived.at[slot]
+            plgpu.copy_gmem_to_smem(
+                operand.at[:, columns], self.operands.at[slot], here
+            )
+            if not self.cut.resident:
+                plgpu.copy_gmem_to_smem(
+                    slab.at[:, columns], self.weights.at[slot], here
+                )
+
+        def refill(k: Any) -> None:
+            """Fetches into the slot that chunk k - 1 has left."""
+
+            @pl.when((k > 0) & (k <= chunks - stages))
+            def left() -> None:
+                plgpu.commit_smem()  # by all warps
+                fetch(k - 1 + stages)
+
+        lax.fori_loop(0, min(stages, chunks), fetch, None)
+        if self.plain:
+
+            def add(k: Any, total: Any) -> Any:
+                slot = lax.rem(k, stages)
+                plgpu.barrier_wait(self.arrived.at[slot])
+                part = lax.dot_general(
+                    self.weights[k if self.cut.resident else slot],
+                    self.operands[slot],
+                    (((1,), (1,)), ((), ())),
+                    precision=lax.Precision.HIGHEST,
+                    preferred_element_type=jnp.float32,
+                )
+                if stages < chunks:
+                    refill(k)
+                return total + part
+
+            nothing = jnp.zeros((SLAB, self.cut.rows), jnp.float32)
+            return lax.fori_loop(0, chunks, add, nothing)
+
+        def accumulate(total: Any) -> Any:
+            def add(k: Any, nothing: None) -> None:
+                slot = lax.rem(k, stages)
+                plgpu.barrier_wait(self.arrived.at[slot])
+                plgpu.wgmma(
+                    total,
+                    self.weights.at[k if self.cut.resident else slot],
+                    compat.transposed(self.operands.at[slot]),
+                )
+                plgpu.wgmma_wait(1)
+                if stages < chunks:
+                    refill(k)
+
+            lax.fori_loop(0, chunks, add, None)
+            return total[...]
+
+        shape = (SLAB, self.cut.rows)
+        return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+
+    def turned(self, total: Any) -> list[Any]:
+        """Returns a `[64, N]` product as four `[N, 16]`."""
+        here = self.sums.at[:, pl.ds(0, SLAB)]
+        if self.plain:
+            here[...] = total.T
+        else:
+            turned = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
+            compat.store(compat.transposed(here), turned)
+        plgpu.commit_smem()
+        return [
+            self.load(self.sums.at[:, pl.ds(n, UNITS)]) for n in range(0, SLAB, UNITS)
+        ]

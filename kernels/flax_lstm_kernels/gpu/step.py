@@ -1,0 +1,257 @@
+"""The LSTM over time on a Hopper GPU, step by step: for sizes that no SM can hold.
+
+Axes     T time, N batch in whole tiles, P hidden size in whole 64s.
+Launches One a step forward, two backward (`slab_forward`, `slab_backward`): a launch
+         begins when the one before is done, so that blocks need nothing else to agree.
+Grid     (units in 16s, tiles of the batch), of any size.
+Weights  Pass through shared memory at every step, from the level-2 cache if that holds
+         them. The gates are computed in the block that has multiplied, and never pass
+         through memory before.
+State    c, h and the gradients stay in global memory, in place; the gates after
+         activation take the place of those before. Tiles whose rows have all ended do
+         nothing.
+Measured Not yet run on hardware.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from flax_lstm_kernels import compat
+from flax_lstm_kernels.gpu.arrange import kept_dtype, tile_ends
+from flax_lstm_kernels.gpu.common import Registers
+from flax_lstm_kernels.gpu.flags import Launches
+from flax_lstm_kernels.gpu.plan import Plan
+from flax_lstm_kernels.gpu.slab_backward import GROUP, Backward, Carry
+from flax_lstm_kernels.gpu.slab_forward import Forward
+from flax_lstm_kernels.gpu.slabs import (
+    UNITS,
+    Block,
+    Cut,
+    filled_resets,
+    slabs_out_in,
+)
+
+NONE = Launches()
+
+
+def forward_body(*refs: Any, cut: Cut, keep: bool, cuts: bool, plain: bool) -> None:
+    """Runs one block of one step forward; see the module."""
+    ahead: list[Any] = list(refs)
+
+    def take(present: bool = True) -> Any:
+        return ahead.pop(0) if present else None
+
+    z, turns, c_state, hs, before = take(), take(), take(), take(), take(keep)
+    now, slabs, ends, lengths, resets = take(), take(), take(), take(), take(cuts)
+    block = Block(cut, plain, *ahead)
+    unit, tile = lax.axis_index("unit"), lax.axis_index("tile")
+    rows, units = pl.ds(tile * cut.rows, cut.rows), pl.ds(unit * UNITS, UNITS)
+    t, turn = now[0], now[1]
+    h = block.load(turns.at[turn, rows, units])
+
+    @pl.when(t < ends[tile])
+    def run() -> None:
+        of = Forward(z, slabs, lengths, resets, turns, hs, before)
+        c, _ = of.step(
+            block,
+            NONE,
+            t=t,
+            turn=turn,
+            rows=rows,
+            unit=unit,
+            flag=0,
+            count=0,
+            c=block.load(c_state.at[rows, units]),
+            h=h,
+        )
+        block.store(c_state.at[rows, units], c)
+
+    @pl.when(t >= ends[tile])
+    def pass_on() -> None:
+        block.store(turns.at[1 - turn, rows, units], h)
+
+
+def activate_body(*refs: Any, cut: Cut, cuts: bool, plain: bool) -> None:
+    """Runs one block of the first phase of a step backward; see the module."""
+    d_z, turns, shares, d_c, d_h, own, now, d_hs, gates, before, *rest = refs
+    weights, ends, lengths, *rest = rest
+    resets, scratch = (rest[0], rest[1:]) if cuts else (None, rest)
+    block = Block(cut, plain, *scratch)
+    unit, tile = lax.axis_index("unit"), lax.axis_index("tile")
+    rows, units = pl.ds(tile * cut.rows, cut.rows), pl.ds(unit * UNITS, UNITS)
+    of = Backward(d_hs, gates, before, weights, lengths, resets, turns, shares, d_z)
+
+    @pl.when(now[0] < ends[tile])
+    def run() -> None:
+        kept = [ref.at[rows, units] for ref in (d_c, d_h, own)]
+        carry = of.activate(
+            block,
+            NONE,
+            t=now[0],
+            turn=0,
+            rows=rows,
+            unit=unit,
+            group_flag=0,
+            group_count=0,
+            flag=0,
+            carry=Carry(*(block.load(ref) for ref in kept)),
+        )
+        for ref, value in zip(kept, carry, strict=True):
+            block.store(ref, value)
+
+
+def multiply_body(*refs: Any, cut: Cut, plain: bool) -> None:
+    """Runs one block of the second phase of a step backward; see the module."""
+    turns, shares, now, weights, ends, *scratch = refs
+    block = Block(cut, plain, *scratch)
+    tile = lax.axis_index("tile")
+    rows = pl.ds(tile * cut.rows, cut.rows)
+    of = Backward(None, None, None, weights, None, None, turns, shares, None)
+
+    @pl.when(now[0] < ends[tile])
+    def run() -> None:
+        of.multiply(
+            block,
+            NONE,
+            turn=0,
+            rows=rows,
+            unit=lax.axis_index("unit"),
+            flag=0,
+            count=0,
+            group_flag=0,
+        )
+
+
+def launch(
+    body: Callable[..., None], name: str, cut: Cut, filled: int, interpret: Any
+) -> Callable[..., Any]:
+    """Makes the kernel of a body, which writes what it is given in place."""
+    return compat.kernel(
+        partial(body, cut=cut, plain=Registers.of(interpret).plain),
+        out_type=[],
+        scratch_types=cut.scratch(),
+        interpret=interpret,
+        name=f"flax_lstm_step_{name}",
+        approx_math=jnp.dtype(cut.dtype).itemsize == 2,
+        auto_barriers=False,
+        grid=(cut.size // UNITS, filled // cut.rows),
+        grid_names=("unit", "tile"),
+    )
+
+
+def forward_pass(
+    gates: Any,
+    weights: Any,
+    c: Any,
+    h: Any,
+    lengths: Any,
+    resets: Any,
+    *,
+    reverse: bool,
+    keep: bool,
+    plan: Plan,
+    interpret: Any = None,
+) -> tuple[Any, ...]:
+    """Runs the kernel forward; arguments and results as `single.forward_pass`.
+
+    Args:
+      gates: See there, as for the others.
+      weights: See `gates`.
+      c: See `gates`.
+      h: See `gates`.
+      lengths: See `gates`.
+      resets: See `gates`.
+      reverse: See `gates`.
+      keep: See `gates`.
+      plan: See `gates`.
+      interpret: See `gates`.
+    """
+    steps, filled, _, size = gates.shape
+    dtype = weights.dtype
+    cut = Cut(plan.rows, size, dtype, plan.stages, resident=False)
+    given = [slabs_out_in(weights), tile_ends(lengths, plan.rows), lengths]
+    if resets.size:
+        given.append(filled_resets(resets, filled))
+    body = partial(forward_body, keep=keep, cuts=bool(resets.size))
+    run = launch(body, "forward", cut, filled, interpret)
+    written = [gates, jnp.stack([h, h]), c, jnp.zeros((steps, filled, size), dtype)]
+    if keep:
+        written.append(jnp.zeros((steps, filled, size), jnp.float32))
+    refs = [compat.in_place(array) for array in written]
+
+    def step(k: Any, nothing: None) -> None:
+        t = steps - 1 - k if reverse else k
+        run(*refs, jnp.stack([t, k % 2]), *given)
+
+    lax.fori_loop(0, steps, step, None)
+    gates, turns, c, hs, *before = (jax.freeze(ref) for ref in refs)
+    if not keep:
+        gates = jnp.zeros((0, 0, 4, size), kept_dtype(dtype))
+        before = [jnp.zeros((0, 0, size), jnp.float32)]
+    return hs, c, turns[steps % 2], gates, before[0]
+
+
+def backward_pass(
+    d_hs: Any,
+    d_c: Any,
+    d_h: Any,
+    gates: Any,
+    before: Any,
+    weights: Any,
+    lengths: Any,
+    resets: Any,
+    *,
+    reverse: bool,
+    plan: Plan,
+    interpret: Any = None,
+) -> tuple[Any, ...]:
+    """Runs the kernel backward; arguments and results as `single.backward_pass`.
+
+    Args:
+      d_hs: See there, as for the others.
+      d_c: See `d_hs`.
+      d_h: See `d_hs`.
+      gates: See `d_hs`.
+      before: See `d_hs`.
+      weights: See `d_hs`.
+      lengths: See `d_hs`.
+      resets: See `d_hs`.
+      reverse: See `d_hs`.
+      plan: See `d_hs`.
+      interpret: See `d_hs`.
+    """
+    steps, filled, _, size = gates.shape
+    dtype = weights.dtype
+    cut = Cut(plan.rows, size, dtype, plan.stages, resident=False)
+    ends = tile_ends(lengths, plan.rows)
+    given = [d_hs, gates, before, weights, ends, lengths]
+    if resets.size:
+        given.append(filled_resets(resets, filled))
+    body = partial(activate_body, cuts=bool(resets.size))
+    activate = launch(body, "activate", cut, filled, interpret)
+    multiply = launch(multiply_body, "multiply", cut, filled, interpret)
+    written = [
+        jnp.zeros(gates.shape, dtype),
+        jnp.zeros((1, filled, 4, size), dtype),
+        jnp.zeros((GROUP, filled, size), jnp.float32),
+        d_c,
+        d_h,
+        jnp.ones((filled, size), jnp.float32),
+    ]
+    d_z, turns, shares, *state = (compat.in_place(array) for array in written)
+
+    def step(k: Any, nothing: None) -> None:
+        now = (k if reverse else steps - 1 - k)[None]
+        activate(d_z, turns, shares, *state, now, *given)
+        multiply(turns, shares, now, weights, ends)
+
+    lax.fori_loop(0, steps, step, None)
+    d_c, d_h, own = (jax.freeze(ref) for ref in state)
+    total = jax.freeze(shares).sum(0)
+    return jax.freeze(d_z), d_c, jnp.where(own != 0, d_h, total)

@@ -1,0 +1,29 @@
+"""Counts what was done with the kernels, and says so at the end of the tests."""
+
+from collections import Counter
+
+# A test of a kernel may be marked with what it does: `pytest.mark.kernels("lowered")`.
+WAYS = ("interpreted", "lowered", "compiled")
+
+
+def pytest_collection_modifyitems(items):
+    """Notes on each test what it does; its report then carries that along."""
+    for item in items:
+        ways = {way for mark in item.iter_markers("kernels") for way in mark.args}
+        assert ways <= set(WAYS), f"{item.nodeid}: {ways} are not all among {WAYS}"
+        item.user_properties += [("kernels", way) for way in sorted(ways)]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many tests passed that interpret, lower or compile a kernel."""
+    passed = terminalreporter.stats.get("passed", [])
+    done = Counter(
+        value
+        for report in passed
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "kernels"
+    )
+    if done:
+        told = ", ".join(f"{done[way]} {way}" for way in WAYS)
+        terminalreporter.write_line(f"Tests of kernels that passed: {told}")

@@ -1,0 +1,112 @@
+"""The script for the H100: what it judges, and that no part can hold up the others."""
+
+import csv
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+pytestmark = pytest.mark.kernels
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    names = ("h100", "h100_numbers", "h100_micro")
+    return [importlib.import_module(name) for name in names]
+
+
+def write_race(folder, times):
+    folder.mkdir()
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["implementation", "shape", "mode", "status", "median_ms"])
+        writer.writerows(
+            [name, "tutorial-244-1", "forward", status, median]
+            for name, status, median in times
+        )
+
+
+def test_a_target_is_held_against_the_fastest_peer_that_was_timed(scripts, tmp_path):
+    h100, _, _ = scripts
+    write_race(
+        tmp_path / "race-bfloat16",
+        [
+            ("ours-pallas", "timed", 2.0),
+            ("torch", "timed", 5.0),
+            ("jax-cudnn", "wrong", 1.0),
+            ("linen-optimized", "timed", 19.0),
+        ],
+    )
+    rows = {
+        (row["shape"], row["mode"], row["asked"]): row
+        for row in h100.judge_targets(tmp_path)
+        if row["dtype"] == "bfloat16"
+    }
+    against_cudnn = rows["tutorial-244-1", "forward", 2.0]
+    assert (against_cudnn["against"], against_cudnn["seen"]) == ("torch", 2.5)
+    assert against_cudnn["met"] is True
+    assert rows["tutorial-244-1", "forward", 10.0]["met"] is False
+    assert rows["tutorial-244-2", "forward", 2.0]["met"] is None  # nobody was timed
+
+
+def test_a_part_that_hangs_is_ended_and_told(scripts, tmp_path, monkeypatch):
+    h100, _, _ = scripts
+    hangs = tmp_path / "hangs.py"
+    hangs.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(h100, "__file__", str(hangs))
+    assert "ended after 1 s" in h100.run_child("micro", tmp_path, True, 1.0)
+    assert "no time was left" in h100.run_child("micro", tmp_path, True, -1.0)
+
+
+def test_an_error_is_relative_to_the_norm(scripts):
+    _, numbers, _ = scripts
+    got, wanted = np.array([3.0, 4.5]), np.array([3.0, 4.0])
+    assert numbers.distance(got, wanted) == pytest.approx(0.1)
+
+
+def test_every_target_names_a_shape_that_is_raced(scripts):
+    h100, _, _ = scripts
+    shapes = {shape.name: shape for shape in h100.race_shapes(dry=False)}
+    for target in h100.targets():
+        assert target.mode in shapes[target.shape].modes
+        assert target.part in h100.LIMITS_S
+
+
+def test_every_operation_of_a_step_lowers_for_cuda(scripts):
+    _, _, h100_micro = scripts
+    for micro in h100_micro.micros():
+        run = jax.jit(micro.make(2))
+        exported = jax.export.export(
+            run,
+            platforms=["cuda"],
+            disabled_checks=[
+                jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+            ],
+        )(*micro.arguments)
+        assert exported.platforms == ("cuda",)
+
+
+def test_a_dry_run_judges_the_interpreted_kernel(tmp_path):
+    """Only that the script works: the numbers are tested in test_connected.py."""
+    done = subprocess.run(
+        [
+            *(sys.executable, EXPERIMENTS / "h100.py", "--dry", "--out", tmp_path),
+            *("--parts", "environment", "numbers-single", "micro"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "numbers-single.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["ok"] for row in rows} == {"True"}
+    assert len(rows) == 9  # three results, six gradients
+    assert "wgmma 8 columns: defined" in done.stdout
