@@ -308,16 +308,18 @@ def test_another_topology(source, tmp_path):
     )
     assert killed.code < 0
     results = {}
-    for count in (1, 2, 4):
+    for count in (1, 2):
         copy = shutil.copytree(folder, tmp_path / f"on-{count}")
         done = train(source, copy, "--resume", env=devices(count))
         assert done.code == 0, done.err
         results[count] = final(copy)
-    for count in (1, 2):
-        losses = [r["epochs"][-1]["validation_loss"] for r in results.values()]
-        # Fifteen steps, summed in another order: float32 rounding.
-        assert results[count]["test"]["count"] == results[4]["test"]["count"]
-        assert max(losses) - min(losses) < 1e-6
+    one, two = results[1], results[2]
+    assert one["test"]["count"] == two["test"]["count"] == 8
+    assert one["epochs"][0] == two["epochs"][0]  # done on four devices, and restored
+    for epoch, other in zip(one["epochs"], two["epochs"], strict=True):
+        # Fifteen steps whose sums over rows go another way: float32 rounding.
+        assert abs(epoch["validation_loss"] - other["validation_loss"]) < 1e-6
+        assert epoch["train_accuracy"] == other["train_accuracy"]  # counts are exact
 
 
 def test_two_writers(source, tmp_path, straight_run):
