@@ -50,6 +50,7 @@ def problem(dtype):
         ("cuda", "float16", False),
     ],
 )
+@pytest.mark.kernels("interpreted")
 def test_values_and_gradients_are_those_of_numpy(platform, dtype, reverse):
     params, x, state, lengths, resets = problem(dtype)
     options = {

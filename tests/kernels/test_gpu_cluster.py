@@ -44,6 +44,7 @@ CASES = {
         ("four blocks", True, "float32"),
     ],
 )
+@pytest.mark.kernels("interpreted")
 def test_values_and_gradients_are_those_of_numpy(case, reverse, dtype):
     shape, rows, blocks = CASES[case]
     given = problem(shape, dtype)
@@ -53,6 +54,7 @@ def test_values_and_gradients_are_those_of_numpy(case, reverse, dtype):
 
 
 @pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.kernels("interpreted")
 def test_a_missing_wait_is_found(missing, monkeypatch):
     """Plain products stand in for wgmma, whose reads the detector does not follow."""
     monkeypatch.setattr(compat, "INTERPRETS_LAYOUTS", False)
@@ -68,6 +70,7 @@ def test_a_missing_wait_is_found(missing, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((5, 9, 2, 200), "bfloat16"), ((5, 3, 2, 130), "float32")]
 )
+@pytest.mark.kernels("lowered")
 def test_both_lower_for_a_gpu(shape, dtype):
     """Smoke: Mosaic's lowering takes them; the compiler itself is not at hand here."""
     sizes = Sizes("forward", *shape[:2], shape[-1], jnp.dtype(dtype).itemsize)

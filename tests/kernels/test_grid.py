@@ -37,6 +37,7 @@ NAN_FILLED = compat.InterpretGPUParams(uninitialized_memory="nan")
         ((3, 16, 2, 7), 16, 1, True, "bfloat16"),
     ],
 )
+@pytest.mark.kernels("interpreted")
 def test_values_and_gradients_are_those_of_numpy(shape, rows, stages, reverse, dtype):
     given = problem(shape, dtype)
     plan = Plan("grid", rows, stages)
@@ -44,6 +45,7 @@ def test_values_and_gradients_are_those_of_numpy(shape, rows, stages, reverse, d
     judge(given, got, reverse=reverse, bars=BARS[dtype])
 
 
+@pytest.mark.kernels("interpreted")
 def test_tiles_run_one_after_another_where_they_do_not_fit(monkeypatch):
     monkeypatch.setattr(grid, "tiles_at_once", lambda size: 1)
     given = problem((2, 12, 2, 7), "float32")
@@ -58,6 +60,7 @@ def test_tiles_run_one_after_another_where_they_do_not_fit(monkeypatch):
     ("shape", "dtype"),
     [((5, 3, 2, 130), "float32"), ((5, 200, 2, 1024), "bfloat16")],
 )
+@pytest.mark.kernels("lowered")
 def test_both_lower_for_a_gpu(shape, dtype):
     """Smoke: Mosaic's lowering takes them; the compiler itself is not at hand here."""
     itemsize = jnp.dtype(dtype).itemsize

@@ -79,6 +79,7 @@ def test_every_target_names_a_shape_that_is_raced(scripts):
         assert target.part in h100.LIMITS_S
 
 
+@pytest.mark.kernels("lowered")
 def test_every_operation_of_a_step_lowers_for_cuda(scripts):
     _, _, h100_micro = scripts
     for micro in h100_micro.micros():
@@ -93,6 +94,7 @@ def test_every_operation_of_a_step_lowers_for_cuda(scripts):
         assert exported.platforms == ("cuda",)
 
 
+@pytest.mark.kernels("interpreted")
 def test_a_dry_run_judges_the_interpreted_kernel(tmp_path):
     """Only that the script works: the numbers are tested in test_connected.py."""
     done = subprocess.run(

@@ -35,6 +35,7 @@ CASES = {
         ("refilled", True, "float32"),
     ],
 )
+@pytest.mark.kernels("interpreted")
 def test_values_and_gradients_are_those_of_numpy(case, reverse, dtype):
     shape, rows, stages = CASES[case]
     given = problem(shape, dtype)
@@ -43,6 +44,7 @@ def test_values_and_gradients_are_those_of_numpy(case, reverse, dtype):
     assert not got.raced
 
 
+@pytest.mark.kernels("interpreted")
 def test_without_resets_and_without_what_is_kept():
     given = problem((2, 3, 2, 7), "float32")
     arguments = (*given.arguments[:-1], jnp.zeros((0, 0), jnp.uint8))
@@ -60,6 +62,7 @@ def test_without_resets_and_without_what_is_kept():
     ("shape", "dtype"),
     [((5, 3, 2, 130), "float32"), ((5, 70, 2, 2048), "bfloat16")],
 )
+@pytest.mark.kernels("lowered")
 def test_both_lower_for_a_gpu(shape, dtype):
     """Smoke: Mosaic's lowering takes them; the compiler itself is not at hand here."""
     sizes = Sizes("backward", shape[0], shape[1], shape[3], jnp.dtype(dtype).itemsize)

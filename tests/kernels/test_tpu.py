@@ -141,6 +141,7 @@ def judge(given, got, *, reverse, bars):
         ("streamed", False, "float32"),
     ],
 )
+@pytest.mark.kernels("interpreted")
 def test_values_and_gradients_are_those_of_numpy(case, reverse, dtype):
     shape, plan = CASES[case]
     given = problem(shape, dtype)
@@ -158,6 +159,7 @@ def test_values_and_gradients_are_those_of_numpy(case, reverse, dtype):
     ],
     ids=["fused", "streamed"],
 )
+@pytest.mark.kernels("interpreted")
 def test_nothing_is_read_before_it_is_written_and_nothing_races(
     shape, plan, reverse, capfd
 ):
@@ -168,6 +170,7 @@ def test_nothing_is_read_before_it_is_written_and_nothing_races(
     assert "RACE" not in capfd.readouterr().out
 
 
+@pytest.mark.kernels("interpreted")
 def test_what_is_kept_changes_no_result():
     shape, plan = CASES["fused"]
     given = problem(shape, "float32")
@@ -201,6 +204,7 @@ def test_what_is_kept_changes_no_result():
         ("streamed", "float32"),
     ],
 )
+@pytest.mark.kernels("lowered")
 def test_both_lower_for_a_tpu(case, dtype):
     """Smoke: Mosaic's lowering takes them; the compiler itself is not at hand here."""
     (steps, rows, size, hidden), plan = CASES[case]
