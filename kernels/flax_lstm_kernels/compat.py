@@ -1,6 +1,6 @@
 """Where the versions of JAX differ in Pallas for GPUs; every test of a version is here.
 
-Tried with 0.10.2 and 0.12; of 0.11 it is assumed that it is as 0.12.
+Tried with 0.10.2, 0.11.2 and 0.12.
 """
 
 from collections.abc import Callable, Sequence

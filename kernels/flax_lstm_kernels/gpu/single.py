@@ -20,8 +20,9 @@ Barriers None but those written here: 3 of a warpgroup in a step, where Pallas'
 Memory   The gates after activation take the place of those before.
 Masks    Past a row's length c and h stay and hs is 0; at a reset h R and c are taken
          as 0.
-Numerics Products take bfloat16, float16, or float32 as tf32, and sum in float32; c is
-         float32. 16-bit kernels use the hardware's tanh, of 11 bits.
+Numerics Products take bfloat16, float16, or float32 as tf32 (wgmma cuts the last 13
+         bits off, and does not round), and sum in float32; c is float32. 16-bit kernels
+         use the hardware's tanh, of 11 bits.
 Measured Not yet run on hardware.
 """
 
