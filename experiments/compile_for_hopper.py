@@ -94,7 +94,8 @@ def compiled(case: Case, place: Any, dump: Path) -> dict[str, Any]:
         jnp.dtype(case.dtype).itemsize,
         keep=case.computes != "inference",
     )
-    plan = PLANNERS[case.kernel.split()[0]](sizes)
+    name: Any = case.kernel.split()[0]
+    plan = PLANNERS[name](sizes)
     if isinstance(plan, str):
         raise NotImplementedError(plan)
     lowered(case, gpu, place, plan=plan).compile()

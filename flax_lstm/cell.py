@@ -136,7 +136,8 @@ def activate(
     z: Float[Array, "*B G"],
 ) -> tuple[Array, Array, Array, Array]:
     """Turns gate pre-activations into the gates i, f, g, o, each `[*B, H]`."""
-    return squash(*jnp.split(z, 4, axis=-1))
+    i, f, g, o = jnp.split(z, 4, axis=-1)
+    return squash(i, f, g, o)
 
 
 def update(i: Array, f: Array, g: Array, o: Array, c: Array) -> tuple[Array, Array]:

@@ -91,7 +91,7 @@ OWNERS = {
     "tokenizers": {"text"},
     "orbax": {"checkpoint", "experiments"},
     "tyro": {"cli", "commands"},
-    "rich": {"bench", "commands", "report"},
+    "rich": {"bench", "commands", "report", "experiments"},
     # Peers, which are raced and are no dependency.
     **{name: {"bench", "experiments"} for name in LIBRARIES},
 }

@@ -42,8 +42,9 @@ def load(ref: Any, layout: Any) -> Any:
 
 def store(ref: Any, value: Any) -> None:
     """Stores registers of any layout to a reference, by whatever instructions do."""
-    if hasattr(plgpu, "store"):  # since 0.12, where an assignment wants the best ones
-        plgpu.store(ref, value, optimized=False)
+    # Since 0.12, where an assignment wants the best ones.
+    if (by_any := getattr(plgpu, "store", None)) is not None:
+        by_any(ref, value, optimized=False)
     else:
         ref[...] = value
 

@@ -27,8 +27,7 @@ APART = 32  # counters in one cache line of 128 bytes, of which one is used
 def proxy_fence() -> None:
     """Orders ordinary accesses to global memory and those of the copy engine."""
 
-    @plgpu.inline_mgpu()
-    def emit(_):
+    def emit(_: Any) -> None:
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import llvm
 
@@ -40,7 +39,8 @@ def proxy_fence() -> None:
             has_side_effects=True,
         )
 
-    emit()
+    fence: Any = plgpu.inline_mgpu()(emit)
+    fence()
 
 
 class Flags(NamedTuple):

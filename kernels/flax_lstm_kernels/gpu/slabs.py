@@ -191,7 +191,7 @@ class Block(NamedTuple):
             return total[...]
 
         shape = (SLAB, self.cut.rows)
-        return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+        return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
     def turned(self, total: Any) -> list[Any]:
         """Returns a `[64, N]` product as four `[N, 16]`."""
