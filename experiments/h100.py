@@ -321,6 +321,8 @@ def run_child(name: str, out: Path, dry: bool, limit_s: float) -> str | None:
     if dry:
         command.append("--dry")
         environment["JAX_PLATFORMS"] = "cpu"
+        # The interpreter runs warpgroups as threads that wait for each other.
+        environment.setdefault("NPROC", "8")
     try:
         code = subprocess.run(command, env=environment, timeout=limit_s).returncode
     except subprocess.TimeoutExpired:
