@@ -1,5 +1,6 @@
 """A short form of `experiments/soak.py`, whose long one runs on demand."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -24,3 +25,32 @@ def test_a_run_bears_faults_without_end_and_leaks_nothing(tmp_path):
     row = json.loads(done.stdout.splitlines()[-2])
     assert row["same_bits"] is True
     assert row["faults"] >= 1
+
+
+FINE = {
+    "faults": 3,
+    "same_bits": True,
+    "memory_mib": "100",
+    "memory_spread": "0.04",
+    "files_first_half": 20,
+    "files_second_half": 22,
+    "folder_straight_mib": "1",
+    "folder_faulty_mib": "2",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, None),
+        ({"faults": 0}, "no fault came"),
+        ({"same_bits": False}, "digests differ"),
+        ({"memory_spread": "0.06"}, "memory varies"),
+        ({"files_second_half": 23}, "open files"),
+        ({"folder_faulty_mib": "2.1"}, "the folder grew"),
+    ],
+)
+def test_what_a_soak_must_not_show_is_told(changed, told, monkeypatch):
+    monkeypatch.syspath_prepend(str(SOAK.parent))
+    wrong = importlib.import_module("soak").verdict(FINE | changed)
+    assert [told in line for line in wrong] == ([] if told is None else [True])
