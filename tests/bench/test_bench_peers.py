@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flax_lstm.bench import suite
-from flax_lstm.bench.peers import catalogue, flax_peers, own
+from flax_lstm.bench.peers import catalogue, flax_peers, own, torch_peers
 from flax_lstm.bench.peers.base import (
     Implementation,
     OnJax,
@@ -192,3 +192,10 @@ def test_the_smoke_run_s_names_exist():
 )
 def test_what_a_row_says(asked, can, said):
     assert heeded(asked, can, "no") == said
+
+
+def test_a_reader_is_told_of_what_torch_makes_float32_products():
+    assert torch_peers.products("cuda", "float32", True) == "products of tf32"
+    assert "whole float32" in torch_peers.products("cuda", "float32", False)
+    for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
+        assert torch_peers.products(device, dtype, True) == ""

@@ -134,7 +134,18 @@ def prepare(packed: bool, problem: Problem) -> Prepared:
         None,
         heeded(problem.lengths, packed, "padded"),
         heeded(problem.resets, False, "ignored"),
+        note=products(on.type, problem.dtype, torch.backends.cudnn.allow_tf32),
     )
+
+
+def products(device_type: str, dtype: str, allow_tf32: bool) -> str:
+    """Says of what float32 products are made on a GPU; nothing elsewhere.
+
+    cuDNN rounds their operands to tf32 unless told otherwise, as JAX does.
+    """
+    if device_type != "cuda" or dtype != "float32":
+        return ""
+    return "products of tf32" if allow_tf32 else "products of whole float32"
 
 
 def prepare_cell(problem: Problem) -> Prepared:
