@@ -1,34 +1,22 @@
-"""The GPU kernels, without a GPU: interpreted on this CPU, and lowered for one.
+"""The GPU kernel `single`, without a GPU: interpreted here, and lowered for one.
 
-Values and gradients are held against NumPy float64 (`reference.py`). The interpreter
-fills all memory that is not written with NaN, and looks for races.
+Problems, and what results are judged by, are those of `gpu_problems.py`.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from flax_lstm_kernels import compat, gpu
 from flax_lstm_kernels.gpu import Plan, single, single_backward
 from flax_lstm_kernels.gpu.common import Slopes
 from flax_lstm_kernels.gpu.plan import SHARED_MEMORY, SPARE, Sizes, choose, single_bytes
+from gpu_problems import BARS, judge, lowered, problem, run
 
 from flax_lstm.cell import squash, update
 
 pytestmark = pytest.mark.kernels
 
-# Relative error ‖got - want‖ / ‖want‖ of outputs and gradients. float32: the roundings
-# that other libraries show at T 64 (the interpreter multiplies in float32, not tf32).
-# bfloat16: half of what they show (6e-3, 8e-3). float16: an eighth of that, for its
-# three bits more.
-BARS = {
-    "float32": (4.4e-7, 8e-7),
-    "bfloat16": (3e-3, 4e-3),
-    "float16": (4e-4, 1e-3),
-}
 # (T, B, I, H), and the rows of a tile: a warpgroup alone, units and rows to fill up;
 # two warpgroups, a tile of several eights; two that are full.
 CASES = {
@@ -36,98 +24,6 @@ CASES = {
     "two groups": ((3, 20, 2, 100), 16),
     "full": ((3, 8, 2, 128), 8),
 }
-
-
-class Problem(NamedTuple):
-    """Arguments of `forward`, and the cotangents of its first three results."""
-
-    arguments: tuple
-    d_results: tuple
-
-
-def problem(shape, dtype):
-    steps, rows, size, hidden = shape
-    keys = jax.random.split(jax.random.key(3), 9)
-    normal = jax.random.normal
-    kernel = normal(keys[0], (size, 4 * hidden)) / size**0.5
-    recurrent = normal(keys[1], (hidden, 4 * hidden)) / hidden**0.5
-    bias = normal(keys[2], (4 * hidden,))
-    x = normal(keys[3], (steps, rows, size))
-    c, h = normal(keys[4], (2, rows, hidden))
-    # One row to the end, one that is empty, a whole tile that ends before it.
-    lengths = jax.random.randint(keys[5], (rows,), 1, steps, jnp.int32)
-    lengths = lengths.at[0].set(steps).at[1].set(0)
-    resets = jax.random.bernoulli(keys[6], 0.3, (steps, rows)).astype(jnp.uint8)
-    d_hs = normal(keys[7], (steps, rows, hidden))
-    d_c, d_h = normal(keys[8], (2, rows, hidden))
-    weights = (leaf.astype(dtype) for leaf in (kernel, recurrent, bias))
-    return Problem(
-        (x.astype(dtype), *weights, c, h.astype(dtype), lengths, resets),
-        (d_hs.astype(dtype), d_c, d_h),
-    )
-
-
-class Got(NamedTuple):
-    """Results of both kernels, and whether either had a race."""
-
-    values: tuple
-    gradients: tuple
-    raced: bool
-
-
-def run(given, plan, *, reverse, keep=True):
-    """Runs both kernels; in the padding they are given NaN."""
-    x, *weights, lengths, resets = given.arguments
-    dead = (jnp.arange(len(x))[:, None] >= lengths[None, :])[..., None]
-    options = {"reverse": reverse, "plan": plan, "interpret": compat.watched()}
-
-    def forward(*arguments):
-        return gpu.forward(*arguments, keep=keep, **options)
-
-    def backward(*arguments):
-        return gpu.backward(*arguments, **options)
-
-    x = jnp.where(dead, jnp.nan, x)
-    values = jax.block_until_ready(jax.jit(forward)(x, *weights, lengths, resets))
-    raced = compat.races_found()
-    if not keep:
-        return Got(values, (), raced)
-    d_hs, *d_state = given.d_results
-    d_hs = jnp.where(dead, jnp.nan, d_hs)
-    gradients = jax.jit(backward)(
-        d_hs, *d_state, *values[3:], weights[1], lengths, resets
-    )
-    jax.block_until_ready(gradients)
-    return Got(values, gradients, raced or compat.races_found())
-
-
-def judge(given, got, *, reverse, bars):
-    """Compares values and gradients; those of the weights are formed here from d_z."""
-    x, kernel, recurrent, bias, c, h, lengths, resets = given.arguments
-    want = reference.lstm(
-        (kernel, recurrent, bias),
-        x,
-        (c, h),
-        lengths=lengths,
-        resets=resets if resets.size else None,
-        reverse=reverse,
-        keep_order=True,
-    )
-    wanted = reference.backward(want, *given.d_results)
-    (hs, c_last, h_last, _, _), (d_z, d_c, d_h), _ = got
-    values = {"hs": (hs, want.outputs), "c": (c_last, want.c), "h": (h_last, want.h)}
-    for name, (value, true) in values.items():
-        assert reference.error(value, true) < bars[0], name
-    d_z = reference.f64(d_z)
-    gradients = {
-        "inputs": d_z @ reference.f64(kernel).T,
-        "bias": d_z.sum((0, 1)),
-        "kernel": np.einsum("tbi,tbg->ig", reference.f64(x), d_z),
-        "c": d_c,
-        "h": d_h,
-    }
-    for name, value in gradients.items():
-        assert reference.error(value, wanted[name]) < bars[1], name
 
 
 @pytest.mark.parametrize(
@@ -139,6 +35,7 @@ def judge(given, got, *, reverse, bars):
         ("full", False, "float16"),
     ],
 )
+@pytest.mark.kernels("interpreted")
 def test_values_and_gradients_are_those_of_numpy(case, reverse, dtype):
     shape, rows = CASES[case]
     given = problem(shape, dtype)
@@ -163,6 +60,7 @@ def test_the_slopes_are_the_derivative_of_the_step():
     np.testing.assert_allclose(got[1], wanted[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.kernels("interpreted")
 def test_without_resets_and_with_more_stages_than_steps():
     given = problem((2, 3, 2, 7), "float32")
     arguments = (*given.arguments[:-1], jnp.zeros((0, 0), jnp.uint8))
@@ -171,6 +69,7 @@ def test_without_resets_and_with_more_stages_than_steps():
     judge(given, got, reverse=False, bars=BARS["float32"])
 
 
+@pytest.mark.kernels("interpreted")
 def test_what_is_kept_changes_no_result():
     given = problem((3, 3, 2, 7), "float32")
     plan = Plan("single", 8, 2)
@@ -183,6 +82,7 @@ def test_what_is_kept_changes_no_result():
 
 
 @pytest.mark.parametrize("missing", [None, single, single_backward])
+@pytest.mark.kernels("interpreted")
 def test_a_missing_barrier_is_found(missing, monkeypatch):
     """Shows that the detector sees what warpgroups tell each other, and only then.
 
@@ -195,41 +95,6 @@ def test_a_missing_barrier_is_found(missing, monkeypatch):
     assert run(given, Plan("single", 8, 2), reverse=False).raced is bool(missing)
 
 
-def lowered(shape, dtype):
-    """Returns what both passes become for a GPU, by the plans that are chosen."""
-    steps, rows, size, hidden = shape
-
-    def like(*shape, dtype=dtype):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    def forward(*arguments):
-        return gpu.forward(*arguments, reverse=True, keep=True)
-
-    def backward(*arguments):
-        return gpu.backward(*arguments, reverse=True)
-
-    state = like(rows, hidden, dtype=jnp.float32)
-    recurrent, h = like(hidden, 4 * hidden), like(rows, hidden)
-    masks = like(rows, dtype=jnp.int32), like(steps, rows, dtype=jnp.uint8)
-    arguments = (
-        like(steps, rows, size),
-        like(size, 4 * hidden),
-        recurrent,
-        like(4 * hidden),
-        state,
-        h,
-        *masks,
-    )
-    hs, *_, gates, before = jax.eval_shape(forward, *arguments)
-    gradients = (hs, state, state, gates, before, recurrent, *masks)
-    check = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
-    for function, operands in ((forward, arguments), (backward, gradients)):
-        exported = jax.export.export(
-            jax.jit(function), platforms=["cuda"], disabled_checks=[check]
-        )
-        yield exported(*operands).mlir_module()
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -238,6 +103,7 @@ def lowered(shape, dtype):
         ((5, 2000, 2, 128), "float16"),
     ],
 )
+@pytest.mark.kernels("lowered")
 def test_both_lower_for_a_gpu(shape, dtype):
     """Smoke: Mosaic's lowering takes them; the compiler itself is not at hand here."""
     forward, backward = lowered(shape, dtype)

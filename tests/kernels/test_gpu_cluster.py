@@ -1,4 +1,4 @@
-"""The GPU kernels over a cluster of blocks, without a GPU; problems of `test_gpu`.
+"""The GPU kernels over a cluster of blocks, without a GPU; problems of `gpu_problems`.
 
 Interpreted, the blocks of a cluster are one block, and the copies between them are made
 at once (`cluster_exchange`). What that shows: which weights, gates, units and rows each
@@ -23,7 +23,7 @@ from flax_lstm_kernels.gpu.plan import (
     cluster_bytes,
     plan_cluster,
 )
-from test_gpu import BARS, judge, lowered, problem, run
+from gpu_problems import BARS, judge, lowered, problem, run
 
 pytestmark = pytest.mark.kernels
 
