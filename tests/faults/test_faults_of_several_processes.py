@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("compilation_cache")
 
 ARGUMENTS = (
     *("--features", "8", "--embedding-size", "4", "--embedding-scale", "0.5"),
-    *("--buckets", "1", "--max-length", "8", "--batch-size", "10", "--epochs", "3"),
+    *("--buckets", "1", "--max-length", "8", "--batch-size", "10"),
     *("--learning-rate", "0.01", "--dropout", "0.1", "--patience", "None"),
     *("--no-sparse-embedding", "--weight-decay", "0", "--clip-norm", "0.5"),
     *("--test-with", "last"),
@@ -46,22 +46,35 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def alone(source: Path, folder: Path, *argv: str, devices: int = 1) -> Ended:
+def train_argv(source: Path, folder: Path, epochs: int, *argv: str) -> list[str]:
+    """Returns the arguments of a run."""
+    where = ("--data", str(source), "--out", str(folder), "--epochs", str(epochs))
+    return ["train", *where, *ARGUMENTS, *argv]
+
+
+def alone(
+    source: Path, folder: Path, *argv: str, devices: int = 1, epochs: int = 3
+) -> Ended:
     """Trains in one process."""
     return run(
-        *("train", "--data", str(source), "--out", str(folder), *ARGUMENTS, *argv),
+        *train_argv(source, folder, epochs, *argv),
         env={"JAX_NUM_CPU_DEVICES": str(devices)},
     )
 
 
 def begin(
-    source: Path, folder: Path, *argv: str, faults: tuple = ("", ""), count: int = 2
+    source: Path,
+    folder: Path,
+    *argv: str,
+    faults: tuple = ("", ""),
+    count: int = 2,
+    epochs: int = 3,
 ) -> list:
     """Starts as many processes as there are faults, with two devices each."""
     address = f"localhost:{free_port()}"
     return [
         start(
-            *("train", "--data", str(source), "--out", str(folder), *ARGUMENTS, *argv),
+            *train_argv(source, folder, epochs, *argv),
             *("--distributed", address, "--process-id", str(number)),
             *("--process-count", str(count)),
             fault=MEET + fault,
@@ -222,12 +235,12 @@ def test_save_on_two_by_two_devices_restore_on_one(
     """Trained for two epochs more, each on another topology: 2 x 2, then 1, then 2."""
     folder, straight = tmp_path / "run", tmp_path / "straight"
     constant = ("--schedule", "constant", "--warmup-fraction", "0")
-    ended = together(source, folder, *constant, "--epochs", "1")
+    ended = together(source, folder, *constant, epochs=1)
     assert [one.code for one in ended] == [0, 0], ended
     for epochs, devices in ((2, 1), (3, 2)):
         mode = ("--parallel", "sharded" if devices > 1 else "jit")
-        more = ("--resume", "--epochs", str(epochs), *constant, *mode)
-        ended = alone(source, folder, *more, devices=devices)
+        more = ("--resume", *constant, *mode)
+        ended = alone(source, folder, *more, devices=devices, epochs=epochs)
         assert ended.code == 0, ended.err
     ended = alone(source, straight, *constant)
     assert ended.code == 0, ended.err
