@@ -208,6 +208,8 @@ def watching() -> Iterator[None]:
     """
     try:
         yield
+    except UserError:  # ours, whatever words it has
+        raise
     except Exception as error:  # a checkpoint's barrier is wrapped by its own error
         chain = [error, error.__cause__, error.__context__]
         text = " ".join(str(one) for one in chain if one is not None)

@@ -48,6 +48,25 @@ def mesh_sizes(text: str | None, devices: int) -> tuple[int, int]:
     return data, model
 
 
+def check_mesh(text: str | None, devices: Sequence[Any]) -> None:
+    """Refuses a mesh that these devices cannot train on.
+
+    Raises:
+      UserError: As `mesh_sizes`, or if CPUs of several processes would share `model`:
+        seen with jaxlib 0.10.2, Gloo gave one exchange the data of another that was
+        under way at once, and ended the run, or it hung.
+    """
+    _, model = mesh_sizes(text, len(devices))
+    processes = {device.process_index for device in devices}
+    if model > 1 and len(processes) > 1 and devices[0].platform == "cpu":
+        raise UserError(
+            f"mesh {text} would spread units and word vectors over devices of "
+            f"{len(processes)} processes on CPUs, whose library, Gloo, mixes up "
+            "exchanges that are under way at once; give data=N alone, or one process, "
+            "or use GPUs or TPUs."
+        )
+
+
 def make_mesh(text: str | None, devices: Sequence[Any]) -> Mesh:
     """Returns the mesh of the first devices that `text` needs.
 

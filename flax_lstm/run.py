@@ -31,7 +31,7 @@ from flax_lstm.environment import use_compilation_cache
 from flax_lstm.epochs import Trainer
 from flax_lstm.events import EpochDone, Event, Finished, RunStarted, StepDone
 from flax_lstm.host_memory import OutOfMemoryError
-from flax_lstm.mesh import model_over_mesh
+from flax_lstm.mesh import check_mesh, model_over_mesh
 from flax_lstm.model_state import classifier, initial_state, restore, state_template
 from flax_lstm.progress import Progress
 from flax_lstm.settings import (
@@ -108,6 +108,7 @@ def train(
         with distributed.together():
             environment.check_devices()
             check_settings(config)
+            check_mesh(config.training.mesh, jax.devices())
             config = with_absolute_paths(config)
             if folder is None:
                 if resume:

@@ -14,9 +14,12 @@ from flax_lstm.config import ModelConfig, UserError
 pytestmark = pytest.mark.usefixtures("as_installed")
 
 
-def devices(*processes):
+def devices(*processes, platform="cpu"):
     """Stand-ins for devices, of the given processes."""
-    return [SimpleNamespace(process_index=p, id=n) for n, p in enumerate(processes)]
+    return [
+        SimpleNamespace(process_index=p, id=n, platform=platform)
+        for n, p in enumerate(processes)
+    ]
 
 
 def laid_out(sizes, processes):
@@ -42,6 +45,14 @@ def test_a_mesh_takes_the_first_devices_model_fastest():
     made = mesh.make_mesh("data=2,model=3", jax.devices())
     assert made.devices.tolist() == [jax.devices()[:3], jax.devices()[3:6]]
     assert mesh.make_mesh(None, jax.devices()).shape == {"data": 8, "model": 1}
+
+
+def test_cpus_of_several_processes_do_not_share_units():
+    mesh.check_mesh("data=2,model=2", devices(0, 0, 0, 0))
+    mesh.check_mesh("data=4", devices(0, 0, 1, 1))
+    mesh.check_mesh("data=2,model=2", devices(0, 0, 1, 1, platform="gpu"))
+    with pytest.raises(UserError, match="give data=N alone"):
+        mesh.check_mesh("data=2,model=2", devices(0, 0, 1, 1))
 
 
 def test_no_process_may_be_left_without_a_device():

@@ -147,15 +147,11 @@ def test_uneven_rows_per_process(source, tmp_path, one_device, two_processes):
     assert_same(two_processes[0], one_device)
 
 
-def test_units_spread_over_processes(source, tmp_path, one_device):
-    """Each of four devices, two in each process, has two units and a word's quarter.
-
-    Its checkpoints are of parts that no process has whole.
-    """
-    folder = tmp_path / "run"
-    ended = together(source, folder, "--mesh", "data=1,model=4")
-    assert [one.code for one in ended] == [0, 0], ended
-    assert_same(folder, one_device)
+def test_units_spread_over_processes_on_cpus_are_refused(source, tmp_path):
+    """Gloo mixes up what the devices exchange in every time step, or hangs."""
+    ended = together(source, tmp_path / "run", "--mesh", "data=1,model=4")
+    assert [one.code for one in ended] == [2, 2], ended
+    assert all("give data=N alone" in one.err for one in ended)
 
 
 LEAVES = """
