@@ -23,6 +23,8 @@ METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+NAMES = (LOCK, CONFIG, TOKENIZER, METRICS, ENVIRONMENT, SUMMARY, CHECKPOINTS)
+"""All that a run writes in its folder."""
 
 
 @contextlib.contextmanager
@@ -30,42 +32,71 @@ def writing(folder: Path) -> Iterator[None]:
     """Holds a run's folder for this process; creates it, and finds it writable.
 
     The lock is the kernel's: it goes with the process that holds it, however it ends.
+    Where no run begins, what was made for it goes again.
 
     Raises:
-      UserError: If another process holds the folder (names it), or it cannot be
-        written.
+      UserError: If another process holds the folder (names it), if it cannot be
+        written, or if one of its own names is a link.
     """
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        _check_links(folder)
+        with open(_open_lock(folder), "r+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = file.read() or "another process"
+                raise UserError(
+                    f"the run folder {folder} is being written by {holder}; wait for "
+                    "it to end, or give another folder."
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                if not holds_run(folder):
+                    _remove_empty(folder / CHECKPOINTS)
+                    (folder / LOCK).unlink(missing_ok=True)
+    finally:
+        _remove_empty(*made)
+
+
+def _check_links(folder: Path) -> None:
+    """Refuses a link in the place of what a run writes, or prunes, in its folder.
+
+    It would let a folder from elsewhere empty the file that it leads to.
+    """
+    for name in NAMES:
+        path = folder / name
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a link, to {os.readlink(path)}; a run writes in its own "
+                "folder alone. Put what it leads to in its place, or give another "
+                "folder."
+            )
+
+
+def _open_lock(folder: Path) -> int:
+    """Makes the folder and opens its lock file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x")
-        # A link would let a folder from elsewhere empty the file it points to.
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        lock = os.open(folder / LOCK, flags, 0o644)
+        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise UserError(
             f"cannot write to the run folder {folder}: {error.strerror}; give one that "
             "can be written (--out), or free its disk."
         ) from error
-    with open(lock, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = file.read() or "another process"
-            raise UserError(
-                f"the run folder {folder} is being written by {holder}; wait for it to "
-                "end, or give another folder."
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            # A run that never began leaves nothing behind.
-            if os.listdir(folder) == [LOCK]:
-                (folder / LOCK).unlink()
-                folder.rmdir()
+
+
+def _remove_empty(*folders: Path) -> None:
+    """Removes folders, inner ones first; keeps what is not empty, and is no error."""
+    with contextlib.suppress(OSError):
+        for path in folders:
+            path.rmdir()
 
 
 @contextlib.contextmanager
@@ -106,8 +137,8 @@ def _held_by(folder: Path, holder: str) -> bool:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON to a neighbouring file first, so that `path` is never half there."""
     whole = path.with_name(f".{path.name}.tmp")
-    whole.unlink(missing_ok=True)  # a link there is not followed
-    with open(whole, "w", encoding="utf-8") as file:
+    whole.unlink(missing_ok=True)
+    with open(whole, "x", encoding="utf-8") as file:  # a link is not followed
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
         file.flush()

@@ -23,10 +23,51 @@ def test_the_second_writer_is_refused_until_the_first_is_done(tmp_path):
     assert folder.holds_run(tmp_path / "run")
 
 
-def test_a_folder_in_which_nothing_began_goes_away(tmp_path):
-    with folder.writing(tmp_path / "a" / "run"):
-        assert not folder.holds_run(tmp_path / "a" / "run")
-    assert not (tmp_path / "a" / "run").exists()
+def test_where_nothing_began_all_that_was_made_goes_away(tmp_path):
+    """The folders above as well, and where the checkpoints would have been."""
+    for _ in range(2):
+        with folder.writing(tmp_path / "a" / "b" / "run"):
+            (tmp_path / "a" / "b" / "run" / folder.CHECKPOINTS).mkdir()
+        assert not (tmp_path / "a").exists()
+
+
+def test_where_nothing_began_what_was_there_stays(tmp_path):
+    empty, used = tmp_path / "empty", tmp_path / "used"
+    empty.mkdir()
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    for where in (empty, used):
+        with pytest.raises(KeyboardInterrupt), folder.writing(where):
+            raise KeyboardInterrupt
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "notes.txt", "used"]
+
+
+def test_a_folder_with_something_of_another_beside_it_stays(tmp_path):
+    """As when two runs start in `runs/` at once, and one of them is refused."""
+    with folder.writing(tmp_path / "runs" / "one"):
+        (tmp_path / "runs" / "other").mkdir()
+    assert [p.name for p in tmp_path.rglob("*")] == ["runs", "other"]
+
+
+def test_a_folder_that_cannot_be_held_goes_away(tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder.tempfile, "TemporaryFile", full)
+    with (
+        pytest.raises(UserError, match=r"cannot write to the run folder .*No space"),
+        folder.writing(tmp_path / "runs" / "run"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_refusal_of_a_second_writer_removes_nothing(tmp_path):
+    """Even where nothing but the lock of the first is there yet."""
+    with folder.writing(tmp_path / "run"):
+        with pytest.raises(UserError), folder.writing(tmp_path / "run"):
+            pass
+        assert (tmp_path / "run" / folder.LOCK).exists()
 
 
 def test_a_json_file_is_whole_or_what_it_was(tmp_path):

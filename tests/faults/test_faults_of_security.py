@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import pytest
 from command_lines import error_of
 from fault_runs import TINY
+from small_runs import make_config
 
 from flax_lstm import folder as files
-from flax_lstm import model_state
+from flax_lstm import model_state, run
 from flax_lstm.checkpoint import (
     CheckpointError,
     CheckpointMismatchError,
@@ -201,20 +202,41 @@ def test_links_in_a_run_folder_are_not_followed_on_delete(tmp_path):
     assert "0 is not a complete checkpoint" in "".join(str(w.message) for w in said)
 
 
-def test_a_link_in_the_place_of_the_lock_is_not_written_through(tmp_path):
+def contents(path: Path) -> dict[Path, bytes]:
+    """Returns a file, or all files of a folder, with what they hold."""
+    return {p: p.read_bytes() for p in (path, *path.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("name", files.NAMES)
+def test_a_run_does_not_go_on_through_a_link(trained, source, tmp_path, name):
+    """Not by writing to a file outside, nor by pruning checkpoints there."""
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    outside = (folder / name).rename(tmp_path / "outside")
+    (folder / name).symlink_to(outside)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"{name} is a link, to \S+outside; a run "):
+        run.train(make_config(source, epochs=5), folder, resume=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", files.NAMES)
+def test_a_run_does_not_start_through_a_link(source, tmp_path, name):
+    """Even where the link leads to what does not exist yet."""
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    folder.mkdir()
+    (folder / name).symlink_to(outside)
+    with pytest.raises(UserError, match=rf"{name} is a link, to \S+outside; a run "):
+        run.train(make_config(source, epochs=1), folder)
+    assert not outside.exists()
+
+
+def test_a_link_in_the_place_of_a_half_written_file_is_not_followed(tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("mine")
-    (tmp_path / "run").mkdir()
-    for name in (files.LOCK, f".{files.CONFIG}.tmp"):
-        (tmp_path / "run" / name).symlink_to(precious)
-    with (
-        pytest.raises(UserError, match="cannot write to the run folder"),
-        files.writing(tmp_path / "run"),
-    ):
-        pass
-    files.write_json(tmp_path / "run" / files.CONFIG, {})
+    (tmp_path / f".{files.CONFIG}.tmp").symlink_to(precious)
+    files.write_json(tmp_path / files.CONFIG, {})
     assert precious.read_text() == "mine"
-    assert json.loads((tmp_path / "run" / files.CONFIG).read_text()) == {}
+    assert json.loads((tmp_path / files.CONFIG).read_text()) == {}
 
 
 @pytest.mark.parametrize(

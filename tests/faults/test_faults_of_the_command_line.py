@@ -169,6 +169,15 @@ def test_missing_file_of_texts(refused, done):
     assert "cannot read ." in refused("predict", done, "--file", ".")
 
 
+def test_a_run_that_cannot_begin_leaves_no_folder(refused, source, tmp_path):
+    """Where the run chooses its folder, and where it was told one."""
+    (tmp_path / "bad.csv").write_text("text,label\none,1\n")
+    many = ["--data", str(source), "--epochs", "1000000000", "--batch-size", "8"]
+    for more in ([], ["--out", "a/b"]):
+        assert "bad.csv" in refused("train", "--data", "bad.csv", *more)
+        assert "can be counted" in refused("train", *many, *more)
+
+
 def test_output_exists(refused, source, trained, tmp_path):
     """As a run, with these settings or with others, and as a file."""
     shutil.copytree(trained[0].folder, tmp_path / "run")
