@@ -35,6 +35,25 @@ def test_a_damaged_file_is_named(tmp_path, damage, message):
         parquet.read_parquet(path)
 
 
+def test_a_page_that_differs_from_its_checksum_is_refused(tmp_path):
+    """And read where there is none: `good` is `goof` by two bits."""
+    path = tmp_path / "file.parquet"
+    for checksums in (False, True):
+        pq.write_table(
+            TABLE,
+            path,
+            write_page_checksum=checksums,
+            compression="none",
+            write_statistics=False,
+        )
+        path.write_bytes(path.read_bytes().replace(b"good", b"goof"))
+        if not checksums:
+            assert parquet.read_parquet(path)["text"][0] == "goof"
+    words = r"file\.parquet does not read as Parquet: .*[Cc]hecksum"
+    with pytest.raises(UserError, match=words):
+        parquet.read_parquet(path)
+
+
 def test_no_rows_are_told(tmp_path):
     pq.write_table(TABLE.slice(0, 0), tmp_path / "file.parquet")
     with pytest.raises(UserError, match=r"no rows in .*file\.parquet"):

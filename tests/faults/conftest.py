@@ -17,16 +17,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def straight_run(source, tmp_path_factory, compilation_cache) -> Callable:
-    """Trains the tiny run, with some arguments more, without any fault; each once."""
+    """Trains the tiny run, with some arguments more, without a break; each once."""
     done = {}
 
-    def train(*argv: str) -> Path:
-        if argv not in done:
+    def train(*argv: str, fault: str = "") -> Path:
+        if (argv, fault) not in done:
             folder = tmp_path_factory.mktemp("straight") / "run"
-            ended = fault_runs.train(source, folder, *argv)
+            ended = fault_runs.train(source, folder, *argv, fault=fault)
             assert ended.code == 0, ended.err
-            done[argv] = folder
-        return done[argv]
+            done[argv, fault] = folder
+        return done[argv, fault]
 
     return train
 

@@ -213,7 +213,7 @@ def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 def test_one_class_only(tmp_path):
     rows = [(f"a good film {n}", "good") for n in range(20)]
-    with pytest.raises(UserError, match="label"):
+    with pytest.raises(UserError, match=r"two classes; found 1: 'good' \(20 rows"):
         run.train(make_config(write_rows(tmp_path / "x.csv", rows)), tmp_path / "r")
 
 

@@ -10,7 +10,9 @@ import pytest
 from fault_runs import (
     BATCHES,
     COMPILING,
+    FIRST_IS_BEST,
     KILL,
+    SAVED_AT_ONCE,
     STEPS,
     at_step,
     end,
@@ -34,9 +36,9 @@ CARRIED = (
 """The tutorial's ways: a state is carried from batch to batch."""
 
 
-def resumed_as_straight(source, folder, straight, *argv: str) -> None:
-    """Resumes a run, which must end with the bits of the one without a fault."""
-    resumed = train(source, folder, *argv, "--auto-resume")
+def resumed_as_straight(source, folder, straight, *argv: str, fault: str = "") -> None:
+    """Resumes a run, which must end with the bits of the one without a break."""
+    resumed = train(source, folder, *argv, "--auto-resume", fault=fault)
     assert resumed.code == 0, resumed.err
     assert final(folder) == final(straight)
     assert final(folder)["step"] == STEPS
@@ -57,11 +59,21 @@ def test_kill_9_in_mid_epoch(source, tmp_path, straight_run, recipe):
 
 @pytest.mark.parametrize("step", [1, BATCHES + 1, STEPS], ids=["first", "next", "end"])
 def test_kill_9_at_an_epoch_change(source, tmp_path, straight_run, step):
-    """Before the first and the last step of the run, and the first of an epoch."""
+    """Before the first and the last step of the run, and the first of an epoch.
+
+    The first epoch is the best, is kept beside the last two, and is tested.
+    """
     folder = tmp_path / "run"
-    killed = train(source, folder, fault=at_step(step, KILL))
+    fault = FIRST_IS_BEST + SAVED_AT_ONCE + at_step(step, KILL)
+    killed = train(source, folder, fault=fault)
     assert killed.code == -signal.SIGKILL
-    resumed_as_straight(source, folder, straight_run())
+    epoch = (step - 1) // BATCHES  # the last one done
+    kept = {int(path.name) for path in (folder / "checkpoints").iterdir()}
+    assert kept == {BATCHES * n for n in (1, epoch - 1, epoch) if 0 <= n <= epoch}
+    straight = straight_run(fault=FIRST_IS_BEST)
+    resumed_as_straight(source, folder, straight, fault=FIRST_IS_BEST)
+    assert [one["best"] for one in final(folder)["epochs"]] == [True] + [False] * 3
+    assert final(folder)["best_epoch"] == final(folder)["tested_epoch"] == 1
 
 
 IN_EVALUATION = """
@@ -94,19 +106,21 @@ def test_kill_9_in_evaluation(source, tmp_path, straight_run, batch):
 def test_sigterm_in_evaluation(source, tmp_path, straight_run):
     """What was trained is saved, not validated; resuming validates it, and no more.
 
-    Two batches in each validation: asked at the first of the second epoch's.
+    Two batches in each validation: asked at the first of the first epoch's, which then
+    must be known as the best.
     """
-    folder = tmp_path / "run"
+    folder, argv = tmp_path / "run", ("--batch-size", "4")
     action = "os.kill(os.getpid(), signal.SIGTERM)"
-    fault = IN_EVALUATION.format(batch=3, action=action)
-    stopped = train(source, folder, "--batch-size", "4", fault=fault)
+    fault = FIRST_IS_BEST + IN_EVALUATION.format(batch=1, action=action)
+    stopped = train(source, folder, *argv, fault=fault)
     assert stopped.code == 143
-    assert "stopped after step 32 of 64" in stopped.message()
-    assert final(folder)["step"] == 32
-    assert len(final(folder)["epochs"]) == 1
-    resumed = train(source, folder, "--batch-size", "4", "--resume")
+    assert "stopped after step 16 of 64" in stopped.message()
+    assert final(folder)["step"] == 16
+    assert not final(folder)["epochs"]
+    resumed = train(source, folder, *argv, "--resume", fault=FIRST_IS_BEST)
     assert resumed.code == 0, resumed.err
-    assert final(folder) == final(straight_run("--batch-size", "4"))
+    assert final(folder) == final(straight_run(*argv, fault=FIRST_IS_BEST))
+    assert final(folder)["tested_epoch"] == 1
 
 
 def test_kill_9_in_the_first_compilation(source, tmp_path, straight_run):

@@ -49,6 +49,7 @@ def test_sigterm_during_a_save(source, tmp_path, straight_run):
     folder = tmp_path / "run"
     stopped = train(source, folder, "--save-every", "5", fault=IN_SAVE)
     assert stopped.code == 143
+    assert "which is saved" in stopped.message()
     assert (folder / "checkpoints" / "10").is_dir()
     resumed_as_straight(source, folder, straight_run())
 
