@@ -55,30 +55,6 @@ static inline float* large_pages(float* data, int64_t count) {
   return data;
 }
 
-// Memory that is yet to be written.
-struct Range {
-  float* data;
-  int64_t count;
-};
-
-// Writes into each large page of the task-th share of every range, so that all threads
-// have pages handed out at once. Left to the first use, most would be had one by one:
-// the threads write side by side in the same page, and the others wait for it.
-static inline void touch(const std::vector<Range>& ranges, int64_t task,
-                         int64_t threads) {
-  constexpr std::uintptr_t page = 2 << 20;
-  for (const auto& [data, count] : ranges) {
-    const auto start = reinterpret_cast<std::uintptr_t>(data);
-    const std::uintptr_t first = (start + page - 1) / page;
-    const int64_t pages =
-        static_cast<int64_t>((start + count * sizeof(float)) / page) -
-        static_cast<int64_t>(first);
-    if (pages < 2) continue;  // not asked for as large pages either
-    for (int64_t i = pages * task / threads; i < pages * (task + 1) / threads; i++)
-      *reinterpret_cast<volatile float*>((first + i) * page) = 0;
-  }
-}
-
 // Floats that start on a cache line: a vector across two of them costs twice.
 struct Floats {
   std::unique_ptr<float, decltype(&std::free)> data{nullptr, &std::free};
