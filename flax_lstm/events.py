@@ -127,8 +127,10 @@ class Finished:
       seconds: Since the run, or its resumption, began to train.
       startup_seconds: From the start of the command, or of the call, to the first
         step; None where no step was left to take.
-      startup_compile_seconds: What of that XLA took to compile, or to read compiled
+      startup_compile_seconds: What of that it took to compile, or to read compiled
         programs from disk; None likewise.
+      startup_import_seconds: What of it went by before the run was asked for.
+      startup_data_seconds: What of it the data took.
       wait_share: Share of the training time spent waiting for the next batch.
       skipped_steps: Steps that were left out, their numbers not being finite.
     """
@@ -142,6 +144,8 @@ class Finished:
     seconds: float
     startup_seconds: float | None
     startup_compile_seconds: float | None
+    startup_import_seconds: float
+    startup_data_seconds: float
     wait_share: float
     skipped_steps: int = 0
 

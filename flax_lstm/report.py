@@ -215,11 +215,13 @@ def finish_lines(event: Finished) -> list[str]:
         f"Restored epoch {event.tested_epoch} for the test."
     ]
     if event.startup_seconds is not None:
-        lines.append(
-            f"First step after {event.startup_seconds:.1f} s, of which compilation "
-            f"{event.startup_compile_seconds:.1f} s; input wait "
-            f"{event.wait_share:.1%} of the training time."
-        )
+        lines += [
+            f"First step after {event.startup_seconds:.1f} s: imports "
+            f"{event.startup_import_seconds:.1f} s, data "
+            f"{event.startup_data_seconds:.1f} s, compilation "
+            f"{event.startup_compile_seconds:.1f} s.",
+            f"Input wait {event.wait_share:.1%} of the training time.",
+        ]
     if event.skipped_steps:
         lines.append(
             f"Skipped {event.skipped_steps:,} steps whose loss or gradient was not "

@@ -165,7 +165,7 @@ def _train(
     startup: Startup,
 ) -> Run:
     """Trains with the folder's lock held."""
-    with distributed.together():
+    with distributed.together(), startup.loading():
         corpus = data.load(config.data, config.training.seed)
     distributed.agree(data=corpus.summary)
     first = distributed.is_first()
@@ -278,6 +278,8 @@ def _train(
             seconds=time.perf_counter() - began,
             startup_seconds=startup.seconds,
             startup_compile_seconds=startup.compile_seconds,
+            startup_import_seconds=startup.import_seconds,
+            startup_data_seconds=startup.data_seconds,
             wait_share=progress.wait_share(),
             skipped_steps=progress.skipped(),
         )

@@ -71,9 +71,11 @@ def test_training_prints_an_epoch_a_line_and_the_test_accuracy(demo_run):
     result = json.loads((folder / "summary.json").read_text())["result"]
     accuracy = result["test"]
     assert (
-        f"First step after {result['startup_seconds']:.1f} s, of which compilation "
-        f"{result['startup_compile_seconds']:.1f} s; input wait "
-        f"{result['wait_share']:.1%} of the training time.\n"
+        f"First step after {result['startup_seconds']:.1f} s: imports "
+        f"{result['startup_import_seconds']:.1f} s, data "
+        f"{result['startup_data_seconds']:.1f} s, compilation "
+        f"{result['startup_compile_seconds']:.1f} s.\n"
+        f"Input wait {result['wait_share']:.1%} of the training time.\n"
     ) in out
     assert f"\nTest Accuracy: {accuracy['accuracy']:.3f}\n" in out
     assert "\x1b" not in out  # not a terminal

@@ -179,16 +179,17 @@ def finished(**changes) -> Finished:
     values = dict(folder=Path(), test=None, tested_epoch=2, best_epoch=2, epochs_done=3)
     values |= dict(stopped_early=False, seconds=75.0, wait_share=0.004)
     values |= dict(startup_seconds=5.25, startup_compile_seconds=1.96)
+    values |= dict(startup_import_seconds=2.04, startup_data_seconds=0.25)
     return Finished(**values | changes)
 
 
 def test_the_end_tells_the_start_and_the_wait_for_input():
-    done, start = report.finish_lines(finished())
+    done, start, wait = report.finish_lines(finished())
     assert done == "Training done: 3 epochs in 1:15. Restored epoch 2 for the test."
     assert start == (
-        "First step after 5.2 s, of which compilation 2.0 s; input wait 0.4% of the "
-        "training time."
+        "First step after 5.2 s: imports 2.0 s, data 0.2 s, compilation 2.0 s."
     )
+    assert wait == "Input wait 0.4% of the training time."
 
 
 def test_a_run_that_had_no_step_left_tells_no_start():

@@ -7,12 +7,13 @@ import time
 
 import jax
 import jax.numpy as jnp
+from flax_lstm_kernels import cpu
 
 from flax_lstm import startup
 
 
 def test_the_first_step_ends_the_start_and_later_ones_change_nothing():
-    times, compiled = iter([12.5, 99.0]), iter([1.0, 3.0, 50.0])
+    times, compiled = iter([10.25, 12.5, 99.0]), iter([1.0, 3.0, 50.0])
     watch = startup.Startup(
         10.0, clock=lambda: next(times), compiled=lambda: next(compiled)
     )
@@ -20,6 +21,16 @@ def test_the_first_step_ends_the_start_and_later_ones_change_nothing():
     watch.first_step()
     watch.first_step()
     assert (watch.seconds, watch.compile_seconds) == (2.5, 2.0)
+    assert watch.import_seconds == 0.25
+
+
+def test_what_reads_the_data_is_timed_each_time():
+    times = iter([0.0, 1.0, 1.5, 4.0, 8.0])
+    watch = startup.Startup(0.0, clock=lambda: next(times), compiled=lambda: 0.0)
+    for _ in range(2):
+        with watch.loading():
+            pass
+    assert watch.data_seconds == 0.5 + 4.0
 
 
 def test_what_xla_compiles_is_counted_and_what_is_there_is_not():
@@ -33,6 +44,23 @@ def test_what_xla_compiles_is_counted_and_what_is_there_is_not():
     ready = compiled()
     program(jnp.arange(7.0) + 1).block_until_ready()
     assert compiled() == ready
+
+
+def test_the_kernel_in_c_is_counted_when_it_is_compiled_and_only_then(
+    tmp_path, monkeypatch
+):
+    """By a compiler that takes a tenth of a second for an empty library."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\nsleep 0.1\nfor last; do :; done\n: > "$last"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compiled = startup.compile_clock()
+    before = compiled()
+    cpu.built(str(compiler))
+    assert compiled() - before >= 0.1
+    after = compiled()
+    cpu.built(str(compiler))
+    assert compiled() == after
 
 
 def test_the_process_began_after_its_parent_looked_at_the_clock():

@@ -17,10 +17,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -90,6 +92,7 @@ def built(compiler: str) -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
     # Under a name of its own first: another process may be building the same.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         part = Path(folder) / library.name
@@ -100,6 +103,9 @@ def built(compiler: str) -> Path:
             text=True,
         )
         part.replace(library)
+    jax.monitoring.record_event_duration_secs(
+        "/flax_lstm/compile_duration", time.perf_counter() - began
+    )
     return library
 
 
