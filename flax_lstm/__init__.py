@@ -8,13 +8,8 @@ from flax_lstm.cell import (
     zero_state,
 )
 from flax_lstm.directions import bidirectional
-from flax_lstm.sequence import (
-    Internals,
-    explain,
-    lstm,
-    lstm_internals,
-    scan_cell,
-)
+from flax_lstm.over_time import scan_cell
+from flax_lstm.sequence import Internals, explain, lstm, lstm_internals
 
 __all__ = [
     "Internals",

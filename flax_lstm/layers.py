@@ -25,10 +25,13 @@ from flax_lstm.cell import (
     state_dtype,
     zero_state,
 )
+from flax_lstm.choice import Implementation
 from flax_lstm.config import ModelConfig
 from flax_lstm.directions import Merge, backward_resets, merge_function
 from flax_lstm.dropout import dropout, fold_in
-from flax_lstm.sequence import Cell, Implementation, flip, lstm, scan_cell
+from flax_lstm.loop import flip
+from flax_lstm.over_time import Cell, scan_cell
+from flax_lstm.sequence import lstm
 
 Activation = Callable[[Array], Array]
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from flax_lstm.cell import LSTMState
 from flax_lstm.dropout import dropout, fold_in, keep_mask
-from flax_lstm.sequence import Cell
+from flax_lstm.over_time import Cell
 
 
 def drop_connect(params: Any, key: Array, rate: float) -> Any:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 # experiments are one node each. Every file stands here, with the nodes that it may
 # import: a new arrow is a decision, so it is written down.
 CORE = (
-    "cell loop checks choice statement lowering foreign cudnn derivative sequence "
-    "directions variants dropout regularize"
+    "cell loop checks choice statement lowering foreign cudnn derivative over_time "
+    "sequence directions variants dropout regularize"
 )
 MODULES = f"{CORE} config pooling embedding initializers layers nnx linen"
 WORK = "data batching optim mesh parallel train checkpoint"
@@ -36,9 +36,10 @@ ARROWS = {
     "foreign": "cell loop lowering statement",
     "cudnn": "cell choice loop",
     "derivative": "cell loop",
-    "sequence": "cell loop checks choice cudnn foreign derivative kernels",
+    "over_time": "cell loop cudnn foreign derivative kernels",
+    "sequence": "cell loop checks choice over_time",
     "directions": "cell choice loop sequence",
-    "regularize": "cell dropout sequence",
+    "regularize": "cell dropout over_time",
     "convert": "cell variants",
     "initializers": "cell",
     "layers": f"{CORE} config initializers",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 import flax_lstm as fl
-from flax_lstm.sequence import flip
+from flax_lstm.loop import flip
 
 NAMES = ("kernel", "recurrent_kernel", "bias", "inputs", "c", "h")
 
@@ -349,22 +349,6 @@ def test_numpy_arguments_give_the_bits_of_jax_arguments(small):
     more = {k: np.asarray(v) for k, v in options.items()}
     got, want = fl.lstm(*given, **more), fl.lstm(params, inputs, state, **options)
     jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-def test_scan_cell_runs_any_cell_of_the_same_form():
-    """A running sum with a reset has a closed form."""
-
-    def add(params, state, x):
-        new = state + params * x
-        return new, new
-
-    xs = jnp.arange(1.0, 6.0)[:, None, None]
-    resets = jnp.array([[False], [False], [True], [False], [False]])
-    final, outputs = fl.scan_cell(
-        add, 2.0, xs, jnp.full((1, 1), 100.0), lengths=jnp.array([4]), resets=resets
-    )
-    assert outputs[:, 0, 0].tolist() == [102, 106, 6, 14, 0]
-    assert final.tolist() == [[14]]
 
 
 def test_flip_equals_row_by_row_reversal():

@@ -17,8 +17,8 @@ from flax_lstm.cell import (
     orthogonal,
     state_dtype,
 )
+from flax_lstm.choice import Implementation
 from flax_lstm.layers import Activation
-from flax_lstm.sequence import Implementation
 
 zeros = jax.nn.initializers.zeros
 

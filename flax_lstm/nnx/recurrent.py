@@ -11,9 +11,9 @@ from jaxtyping import Array
 
 from flax_lstm import layers
 from flax_lstm.cell import Initializer, LSTMParams, LSTMState, glorot, orthogonal
+from flax_lstm.choice import Implementation
 from flax_lstm.initializers import ByGate, FusedBias
 from flax_lstm.layers import Activation
-from flax_lstm.sequence import Implementation
 
 Rngs = nnx.Rngs | nnx.RngStream
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
