@@ -19,7 +19,7 @@ CORE = (
     "sequence directions variants dropout regularize"
 )
 MODULES = f"{CORE} config pooling embedding initializers layers nnx linen"
-WORK = "data batching optim mesh parallel train checkpoint"
+WORK = "data batching optim mesh parallel rows train checkpoint"
 ARROWS = {
     "__init__": CORE,
     "cell": "",
@@ -61,7 +61,8 @@ ARROWS = {
     "optim": "config",
     "mesh": "config",
     "parallel": "config mesh",
-    "train": f"{MODULES} mesh optim parallel",
+    "rows": "",
+    "train": f"{MODULES} mesh optim parallel rows",
     "report": "config events",
     "folder": "config distributed",
     "environment": "",

@@ -134,11 +134,6 @@ def test_loss_accuracy_and_gradient_equal_numpy(loss, sparse):
     assert int(new.step) == 1
 
 
-def test_an_unknown_loss_is_named():
-    with pytest.raises(ValueError, match='"mse" or "bce"; got \'hinge\''):
-        train.row_losses("hinge", jnp.zeros(1), jnp.zeros(1))
-
-
 @pytest.mark.parametrize("junk", [0, 7])
 def test_filler_rows_change_nothing(junk):
     """Whatever they hold, and though their words have momentum from a step before."""
@@ -272,14 +267,6 @@ def test_devices_exchange_sums_and_tokens_and_nothing_else_of_the_rows(sparse):
     assert gathered == ([f"pred[8,{T}]", f"s32[8,{T}]"] if sparse else [])
 
 
-def test_dropout_differs_by_row_and_step_and_not_by_the_batch_around_it():
-    key = jax.random.key(0)
-    keys = jax.random.key_data(train.row_keys(key, 0, 8))
-    assert len({tuple(k) for k in np.asarray(keys).tolist()}) == 8
-    later = jax.random.key_data(train.row_keys(key, 4, 4))
-    np.testing.assert_array_equal(later, keys[4:])
-
-
 def test_rows_that_devices_cannot_share_are_refused():
     config = settings(carry_state=True, parallel="sharded")
     apply, optimizer, state = begin(config)
@@ -369,13 +356,6 @@ def test_rows_that_do_not_make_equal_parts_are_refused():
     step = train.make_train_step(apply, optimizer, config)
     with pytest.raises(ValueError, match=r"6 rows cannot be computed in .* = 4 equal"):
         step(state, draw_batch(0))
-
-
-def test_tokens_are_those_of_the_texts_where_lengths_are_known():
-    ones = np.array([1, 1, 0], np.float32)
-    batch = Batch(np.zeros((3, 5), np.int32), np.array([5, 2, 4]), ones, ones)
-    assert int(train.count_tokens(batch)) == 7
-    assert int(train.count_tokens(batch._replace(lengths=None))) == 10
 
 
 # ------------------------------------------------------- carry, non-finite numbers
