@@ -113,7 +113,7 @@ def parse(argv: Sequence[str]) -> Command | None:
       UserError: If an argument or the configuration file is wrong.
       SystemExit: On `--help`, with 0.
     """
-    with one_line():
+    with one_line(argv):
         return _parse(argv)
 
 

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,10 @@ ENVIRONMENT = ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES")
 
 class LostProcessError(RuntimeError):
     """Another process of the run has ended, or cannot be reached."""
+
+
+class AloneWarning(UserWarning):
+    """A cluster was to be detected, and there is none."""
 
 
 def join(where: str, process: int | None = None, count: int | None = None) -> None:
@@ -73,6 +78,11 @@ def join(where: str, process: int | None = None, count: int | None = None) -> No
             # JAX's words where it detects no cluster.
             if "coordinator_address should be defined" not in str(error):
                 raise UserError(f"cannot join the detected cluster: {error}") from error
+            warnings.warn(
+                "JAX detects no cluster; this process works alone.",
+                AloneWarning,
+                stacklevel=2,
+            )
             return
     else:
         if not ADDRESS.fullmatch(where):

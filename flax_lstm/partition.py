@@ -67,10 +67,10 @@ def split(
             picked[name] = (name, usable[name])
     for name in PARTS:
         if not len(picked[name][1]):
-            what = "groups" if groups is not None else "rows"
+            few = "are too few" if groups is None else "have too few groups"
             raise UserError(
-                f"the {name} part would be empty: {len(rows)} rows have too few {what} "
-                f"to split by {shares}. Give more data, or larger fractions."
+                f"the {name} part would be empty: {len(rows)} rows {few} to split by "
+                f"{shares}. Give more data, or larger fractions."
             )
     return {name: picked[name] for name in PARTS}
 

@@ -283,9 +283,16 @@ def _column(
             f"{origin} has several columns that could be the {role}: "
             f"{', '.join(map(repr, found))}. Choose one with --{role}-column."
         )
+    advice = f"Choose one with --{role}-column."
+    for mark in ";\t|":
+        if len(names) == 1 and mark in names[0]:
+            advice = (
+                f"Are its fields separated by {mark!r}? Expected commas, or tabs in a "
+                ".tsv file."
+            )
     raise UserError(
         f"{origin} has no column for the {role}: none is called "
-        f"{', '.join(usual)}; {columns}. Choose one with --{role}-column."
+        f"{', '.join(usual)}; {columns}. {advice}"
     )
 
 

@@ -4,9 +4,19 @@ import sys
 
 import pytest
 
-from flax_lstm.commands.usage import check_given_once, one_line
+from flax_lstm.commands.usage import check_given_once, flat, one_line
 from flax_lstm.config import UserError
 
+ASCII = (
+    " Bad         \n"
+    " ----------- \n"
+    "  no option  \n"
+    "  --x        \n"
+    " ----------- \n"
+    "  Use --y.   \n"
+    "             \n"
+)
+"""Drawn where the terminal's encoding is not called utf-8."""
 BOX = (
     "\x1b[31m╭─ Bad ───────╮\x1b[0m\n"
     "│ no option   │\n"
@@ -22,10 +32,37 @@ def ends(code, said, stream):
     sys.exit(code)
 
 
-def test_a_box_becomes_the_text_of_an_error(capsys):
+@pytest.mark.parametrize("box", [BOX, ASCII], ids=["utf-8", "ascii"])
+def test_a_box_becomes_the_text_of_an_error(capsys, box):
     with pytest.raises(UserError, match=r"^no option --x\. Use --y$"), one_line():
-        ends(2, BOX, sys.stderr)
+        ends(2, box, sys.stderr)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "want"),
+    [
+        (["train", "a.csv"], "options: a.csv (data are given by --data a.csv). Run"),
+        (["train", "--x", "1"], "options: --x, 1. Run flax-lstm train --help"),
+        (["predict", "--x"], "options: --x. Run flax-lstm predict --help"),
+        (["--x"], "options: --x. Run flax-lstm --help"),
+    ],
+)
+def test_a_message_points_to_the_help_of_its_command(argv, want):
+    said = (
+        f"Unrecognized options: {', '.join(argv[-1:] if len(argv) < 3 else argv[1:])}"
+    )
+    with pytest.raises(UserError) as refused, one_line(argv):
+        ends(
+            2,
+            f"╭─ Bad ─╮\n│ {said}.  │\n│ ──── │\n│ Run flax-lstm --help │",
+            sys.stderr,
+        )
+    assert want in str(refused.value)
+
+
+def test_a_message_without_a_box_stays_as_it_is():
+    assert flat("no option --x\n") == "no option --x"
 
 
 def test_help_and_what_is_said_besides_pass_through(capsys):

@@ -187,7 +187,7 @@ def test_empty_texts_are_batched_with_length_zero(reviews):
         ([("a", 0), ("b", 1), ("c", 2)], "exactly two classes; found 3"),
         ([("a", 0), ("b", 1)] * 10, "no word occurs 99 times in the training part"),
         ([("", 0), ("  ", 1)] * 10, "no text of the training part has a word in it"),
-        ([("a", 0), ("b", 1)], "part would be empty: 2 rows have too few rows"),
+        ([("a", 0), ("b", 1)], "part would be empty: 2 rows are too few to split"),
         ([("a", 0), ("b", "zero"), ("c", 1)], "line 2 of .*unknown label 'zero'"),
     ],
 )

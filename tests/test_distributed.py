@@ -34,6 +34,7 @@ def test_auto_is_one_process_where_jax_detects_no_cluster():
         timeout=120,
     )
     assert ended.stdout.split() == ["False", "False"], ended.stderr
+    assert "AloneWarning: JAX detects no cluster; this process works" in ended.stderr
 
 
 SLURM = {

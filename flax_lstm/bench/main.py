@@ -79,6 +79,10 @@ def race(
     dtypes = chosen("dtypes", options.dtypes, {name: name for name in ITEMSIZE})
     if options.rounds < 1:
         raise UserError(f"--rounds must be at least 1; got {options.rounds}.")
+    missing = {one.name: reason for one in contenders if (reason := one.missing())}
+    if len(missing) == len(contenders):
+        reasons = "; ".join(f"{name}: {why}" for name, why in missing.items())
+        raise UserError(f"--implementations: none of them can run here. {reasons}.")
     cases = [
         (shape, mode, dtype)
         for dtype, shape, mode in itertools.product(dtypes, shapes, modes)
@@ -97,9 +101,8 @@ def race(
         f"{common['device']}, {common['processor']}, {common['threads']} threads, "
         f"jax {common['jax']}; load {surroundings['load_1min']}"
     )
-    for one in contenders:
-        if reason := one.missing():
-            screen.print(f"missing {one.name}: {reason}", markup=False)
+    for name, reason in missing.items():
+        screen.print(f"missing {name}: {reason}", markup=False)
 
     def measured(budget_s: float) -> Limits:
         return measure_limits(tuple(dtypes), smoke=options.smoke, budget_s=budget_s)

@@ -12,8 +12,11 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextlib.contextmanager
-def one_line() -> Iterator[None]:
+def one_line(argv: Sequence[str] = ()) -> Iterator[None]:
     """Turns the box in which tyro says what is wrong into the text of a UserError.
+
+    Args:
+      argv: The arguments that tyro is given.
 
     Raises:
       UserError: Where tyro would end the program with an error.
@@ -25,7 +28,7 @@ def one_line() -> Iterator[None]:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(flat(said.getvalue())) from None
+        raise UserError(pointed(flat(said.getvalue()), argv)) from None
     else:
         print(said.getvalue(), file=sys.stderr, end="")
 
@@ -40,11 +43,30 @@ def flat(box: str) -> str:
     parts = [[]]
     for line in _COLOUR.sub("", box).splitlines():
         text = line.strip().strip("│").strip()
-        if set(text) == {"─"}:
+        if text and set(text) <= {"─", "-"}:
             parts.append([])
         elif text and text[0] not in "╭╰":
             parts[-1].append(text)
+    if "╭" not in box:  # drawn in ASCII, where the title stands above the first rule
+        parts = parts[1:] or parts
     return ". ".join(" ".join(part).removesuffix(".") for part in parts if part)
+
+
+def pointed(message: str, argv: Sequence[str]) -> str:
+    """Points a message of tyro to the command's own help, and a bare file to its flag.
+
+    >>> pointed("Unrecognized options: a.csv. Run flax-lstm --help", ["train", "a.csv"])
+    'Unrecognized options: a.csv (data are given by --data a.csv). Run flax-lstm train \
+--help'
+    """
+    command = argv[0] if argv else ""
+    if not command.isalpha() or "subcommands" in message:
+        return message
+    message = message.replace("flax-lstm --help", f"flax-lstm {command} --help")
+    if command == "train":
+        bare = r"(Unrecognized options: ([^-,\s][^,\s]*))(?=\. )"
+        message = re.sub(bare, r"\1 (data are given by --data \2)", message)
+    return message
 
 
 def check_given_once(argv: Sequence[str]) -> None:

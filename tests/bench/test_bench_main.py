@@ -90,6 +90,10 @@ def test_the_catalogue_runs_nothing():
             "--shapes: there is no rl; expected any of tutorial-40-1",
         ),
         ({"implementations": ("jax",)}, "--implementations: there is no jax; expected"),
+        (
+            {"implementations": ("jax-cudnn",)},
+            "--implementations: none of them can run here. jax-cudnn: ",
+        ),
         ({"modes": ("backward",)}, "--modes: there is no backward; expected any of"),
         ({"dtypes": ("int8",)}, "--dtypes: there is no int8; expected any of float32"),
         ({"rounds": 0}, "--rounds must be at least 1; got 0"),

@@ -128,6 +128,16 @@ def test_csv_all_numeric_texts_stay_text(tmp_path):
     assert texts(corpus) == ["0123"] * 10 + ["4e5"] * 10
 
 
+@pytest.mark.parametrize(
+    ("mark", "shown"), [(";", "';'"), ("\t", r"'\t'"), ("|", "'|'")], ids=ascii
+)
+def test_csv_separated_by_something_else(tmp_path, mark, shown):
+    said = refusal(tmp_path / "f.csv", CSV.replace(",", mark))
+    assert f"separated by {shown}? Expected commas" in said
+    fine = load(tmp_path / "f.csv", "text,label\n" + "a;b,0\nc;d,1\n" * 10)
+    assert texts(fine)[:1] == ["a;b"]
+
+
 def test_csv_without_header(tmp_path):
     said = refusal(tmp_path / "f.csv", CSV.split("\n", 1)[1])
     assert "no column for the text" in said

@@ -224,7 +224,7 @@ def test_few_examples_and_a_batch_beyond_the_data(tmp_path, count):
     path = write_rows(tmp_path / "x.csv", rows)
     config = make_config(path, batch_size=64, epochs=2, min_count=1)
     if count < 5:  # of which nothing can be held out
-        with pytest.raises(UserError, match=f"{count} rows have too few rows to split"):
+        with pytest.raises(UserError, match=f"{count} rows are too few to split"):
             run.train(config, tmp_path / "r")
         return
     events = []
