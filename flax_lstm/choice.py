@@ -104,7 +104,7 @@ def of_pallas(target: Any, request: Request) -> Verdict:
             target.kind, dtype, hidden, steps=steps, rows=rows, inputs=inputs
         )
         kernel = "tpu"
-        notes.append("on several TPUs inside jax.shard_map only, else a plain loop")
+        notes.append("on several TPUs inside jax.shard_map only")
     else:
         from flax_lstm_kernels import gpu
 

@@ -8,7 +8,8 @@ bias and inputs are a product each of it, over all steps, made here.
 Axes     As in `statement`.
 Sharded  Rows are independent: on several devices under `jax.jit`, a kernel runs on the
          rows that each of them holds. Sums over rows are added up over the devices. On
-         TPUs, where only `jax.shard_map` can do this, XLA divides the statement.
+         TPUs, where only `jax.shard_map` can do this, XLA divides the statement, or
+         where the kernel was asked for by name, that is an error.
 """
 
 from collections.abc import Callable
@@ -291,6 +292,16 @@ mlir.register_lowering(
 )
 
 
+def undivided_refusal(devices: int, *, exported: bool) -> str:
+    """Returns why no kernel can run in a program that XLA is to divide."""
+    where = "module exported for" if exported else "program on"
+    return (
+        f'implementation="pallas" cannot run in a {where} {devices} devices that XLA '
+        "divides: it cannot be told what a kernel does on each. Call lstm inside "
+        'jax.shard_map, or use "xla", "scan" or None.'
+    )
+
+
 def register(primitive: Any, statement: Callable, sizes_of: Callable) -> None:
     """Gives a primitive its lowering rules.
 
@@ -309,6 +320,8 @@ def register(primitive: Any, statement: Callable, sizes_of: Callable) -> None:
         # The compiler of the TPU calls nothing back to be told what to do on each of
         # them, nor does a module that was exported.
         undivided = devices > 1 and (platform == "tpu" or exported)
+        if kernels is not None and undivided and target.asked:
+            raise NotImplementedError(undivided_refusal(devices, exported=exported))
         if kernels is None or undivided:
             runs = mlir.lower_fun(partial(statement, **options), multiple_results=True)
             return runs(context, *args)

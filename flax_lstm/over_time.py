@@ -142,12 +142,15 @@ def lstm_by_xla(
 
 
 def lstm_by_kernel(
-    params: LSTMParams, inputs: Array, state: LSTMState, **options: Any
+    params: LSTMParams, inputs: Array, state: LSTMState, *, asked: bool, **options: Any
 ) -> tuple[LSTMState, Array]:
-    """Runs prepared arguments by the kernel of the device."""
+    """Runs prepared arguments by the kernel of the device.
+
+    With `asked`, for it by name, it raises where another loop would have to do.
+    """
     from flax_lstm_kernels import target
 
-    device = target.current()
+    device = target.current()._replace(asked=asked)
 
     def loop(reverse: bool, *arguments: Any) -> tuple[LSTMState, Array]:
         # Inside shard_map the transpose of this sums the weights' gradients.

@@ -11,6 +11,7 @@ Pieces   A sequence may be fed piece by piece, each starting from the final stat
          one before: the numbers are those of the whole.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ from flax_lstm.choice import (
     explained,
 )
 from flax_lstm.loop import Given
-from flax_lstm.over_time import OVER_TIME, scan_cell
+from flax_lstm.over_time import OVER_TIME, lstm_by_kernel, scan_cell
 
 
 class Internals(NamedTuple):
@@ -107,6 +108,8 @@ def lstm(
     """
     call = prepared(params, inputs, state, lengths, resets, dtype)
     over_time = OVER_TIME[choose(implementation, Request(*call, resets is not None))]
+    if over_time is lstm_by_kernel:
+        over_time = partial(lstm_by_kernel, asked=implementation is not None)
     return over_time(
         *call,
         lengths=lengths,

@@ -1,5 +1,7 @@
 """What the primitives become: on several devices, and in modules for other machines."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,8 +189,8 @@ def test_a_module_for_several_devices_holds_kernels_inside_shard_map(
 ):
     params, batch = given
 
-    def total(params, batch):
-        return jnp.sum(loss(params, batch, "pallas"))
+    def total(params, batch, implementation="pallas"):
+        return jnp.sum(loss(params, batch, implementation))
 
     def divided(params, batch):
         def of_rows(params, batch):
@@ -197,17 +199,20 @@ def test_a_module_for_several_devices_holds_kernels_inside_shard_map(
         run = jax.shard_map(of_rows, mesh=mesh, in_specs=(P(), SPECS), out_specs=P())
         return run(params, batch)
 
-    specs = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
-    counts = []
-    for function in (divided, total):
+    def count(function):
+        specs = {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
         run = jax.jit(
             jax.grad(function), in_shardings=(NamedSharding(mesh, P()), specs)
         )
         with on(*device):
             module = jax.export.export(run, platforms=device[:1])(params, batch)
-        counts.append(module.mlir_module().count(call))
-    # Of a module that XLA divides it divides the statement.
-    assert counts == [2, 0]
+        return module.mlir_module().count(call)
+
+    assert count(divided) == 2
+    # Of a module that XLA divides it divides the statement, but not in silence.
+    assert count(partial(total, implementation=None)) == 0
+    with pytest.raises(NotImplementedError, match="exported for 4 devices that XLA"):
+        count(total)
 
 
 def test_a_module_for_any_gpu_holds_no_kernel_of_one(given):

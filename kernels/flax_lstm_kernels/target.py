@@ -19,12 +19,15 @@ class Target(NamedTuple):
       kind: `device_kind` of a TPU, compute capability of a GPU; None for any.
       interpret: Runs the kernels of the platform by Pallas' interpreter, on any device.
       named: By `on`; what is exported may then count on it.
+      asked: The kernel was asked for by name: where it could run but for how the
+        program is divided, that is an error.
     """
 
     platform: str
     kind: str | None = None
     interpret: bool = False
     named: bool = False
+    asked: bool = False
 
 
 # Not a global: jax.jit keeps what was traced for each value of it apart.
