@@ -276,8 +276,10 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=LIMITS_S, default=list(LIMITS_S))
     parser.add_argument("--child", choices=LIMITS_S, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    dry_out = tempfile.mkdtemp(prefix="h100-dry-") if options.dry else RESULTS
-    out = Path(options.out or dry_out).resolve()
+    if options.out is None:
+        dry = options.dry
+        options.out = tempfile.mkdtemp(prefix="h100-dry-") if dry else RESULTS
+    out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     if options.child:
         with interpreted() if options.dry else contextlib.nullcontext():

@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -69,6 +70,37 @@ def test_an_error_is_relative_to_the_norm(scripts):
     _, numbers, _ = scripts
     got, wanted = np.array([3.0, 4.5]), np.array([3.0, 4.0])
     assert numbers.distance(got, wanted) == pytest.approx(0.1)
+
+
+def test_a_case_that_fails_on_the_device_is_told_and_the_others_go_on(
+    scripts, tmp_path, monkeypatch
+):
+    _, numbers, _ = scripts
+
+    def results(implementation, arrays, options):
+        if implementation == "pallas" and arrays[1].dtype == "float16":
+            raise jax.errors.JaxRuntimeError("INTERNAL: cannot be launched")
+        return {"float": 1.0}
+
+    told = SimpleNamespace(implementation="pallas")
+    monkeypatch.setattr(numbers, "explain", lambda *_, **__: told)
+    monkeypatch.setattr(numbers, "in_float64", lambda *_: None)
+    monkeypatch.setattr(numbers, "results", results)
+    monkeypatch.setattr(numbers, "distances", lambda *_: {"outputs": 1e-9})
+    monkeypatch.setattr(numbers, "CASES", [numbers.Case("single", 2, 3, 4, 5)])
+    wrong = numbers.numbers_part("single", tmp_path, dry=False)
+    assert {row["dtype"] for row in wrong} == {"float16"}
+    assert {row["reason"] for row in wrong} == {"INTERNAL: cannot be launched"}
+    with (tmp_path / "numbers-single.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ok"] for row in rows].count("True") == 2 * len(numbers.VARIANTS)
+
+
+def test_a_case_with_lengths_is_never_empty(scripts):
+    """Of three rows of three steps all were: nothing was computed, without an error."""
+    _, numbers, _ = scripts
+    _, options = numbers.drawn(numbers.Case("grid", 3, 3, 5, 1024), "float32", "all")
+    assert options["lengths"].max() == 3
 
 
 def test_every_target_names_a_shape_that_is_raced(scripts):
