@@ -2,8 +2,20 @@
 
 from collections import Counter
 
+import pytest
+from flax_lstm_kernels.gpu import common
+
 # A test of a kernel may be marked with what it does: `pytest.mark.kernels("lowered")`.
 WAYS = ("interpreted", "lowered", "compiled")
+
+
+@pytest.fixture
+def whole_float32(monkeypatch):
+    """Has the GPU kernels multiply float32 as it is, for bars that only it can meet.
+
+    That they round it to tf32, and nothing else, is seen in `test_gpu_common.py`.
+    """
+    monkeypatch.setattr(common, "nearest_tf32", lambda value: value)
 
 
 def pytest_collection_modifyitems(items):

@@ -15,7 +15,7 @@ from gpu_problems import BARS, judge, lowered, problem, run
 
 from flax_lstm.cell import squash, update
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
 
 # (T, B, I, H), and the rows of a tile: a warpgroup alone, units and rows to fill up;
 # two warpgroups, a tile of several eights; two that are full.

@@ -25,7 +25,7 @@ from flax_lstm_kernels.gpu.plan import (
 )
 from gpu_problems import BARS, judge, lowered, problem, run
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
 
 # (T, B, I, H), rows of a tile, blocks: a warpgroup in each of two blocks, units and
 # rows to fill up; two warpgroups in each, and two eights of rows; four blocks.

@@ -25,7 +25,7 @@ from flax_lstm_kernels.gpu.plan import (
 from flax_lstm_kernels.gpu.slabs import Cut
 from gpu_problems import BARS, judge, lowered, problem, run
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
 
 NAN_FILLED = compat.InterpretGPUParams(uninitialized_memory="nan")
 

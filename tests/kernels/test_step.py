@@ -17,7 +17,7 @@ from flax_lstm_kernels.gpu.plan import (
 )
 from gpu_problems import BARS, judge, lowered, problem, run
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
 
 # (T, B, I, H), rows of a tile, stages: two groups of 64 units, two tiles, units and
 # rows to fill up; more chunks than stages, rows as registers hold them from 16 up.

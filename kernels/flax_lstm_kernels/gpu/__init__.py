@@ -5,9 +5,10 @@ below. Not yet run on hardware: they are interpreted on a CPU by the tests, and 
 ahead of time for an H100 by `experiments/compile_kernels.py`.
 
 Axes     T time, B batch, I input size, H hidden size, G = 4H in gate order i f g o.
-Dtype    That of `inputs`: bfloat16, float16, or float32, which is multiplied as tf32
-         (11 bits). c is float32. In the 16-bit kernels the gates that are kept are
-         float16, and d_z is in the computation dtype, as the products after it take it.
+Dtype    That of `inputs`: bfloat16, float16, or float32, of which operands are rounded
+         to tf32 (11 bits). c is float32. In the 16-bit kernels the gates that are kept
+         are float16, and d_z is in the computation dtype, as the products after it take
+         it.
 """
 
 from typing import Any
@@ -28,11 +29,14 @@ from flax_lstm_kernels.gpu.arrange import (
     fill,
     gates_apart,
     gates_joined,
+    kept_dtype,
     projected,
     up,
     weights_in_out,
     weights_out_in,
 )
+from flax_lstm_kernels.gpu.common import as_operand
+from flax_lstm_kernels.gpu.pieces import in_pieces, piece_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 
 __all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
@@ -106,25 +110,40 @@ def forward(
         )
         plan = choose(sizes)
     filled, size = up(rows, plan.rows), plan.size(hidden)
-    hs, c, h, gates, before = FORWARD[plan.kernel](
-        projected(fill(inputs, 1, filled), kernel, bias, size),
-        weights_out_in(recurrent_kernel.astype(dtype), size),
+    weights = weights_out_in(as_operand(recurrent_kernel, dtype), size)
+
+    def run(inputs: Array, *others: Array) -> tuple[Array, ...]:
+        c, h, lengths, resets = others
+        return FORWARD[plan.kernel](
+            projected(fill(inputs, 1, filled), kernel, bias, size),
+            weights,
+            c,
+            h,
+            lengths,
+            resets,
+            reverse=reverse,
+            keep=keep,
+            plan=plan,
+            interpret=interpret,
+        )
+
+    others = (
         fill(fill(c.astype(jnp.float32), 0, filled), 1, size),
         fill(fill(h.astype(dtype), 0, filled), 1, size),
         fill(lengths, 0, filled),
         resets,
-        reverse=reverse,
-        keep=keep,
-        plan=plan,
-        interpret=interpret,
     )
-    return (
-        hs[:, :rows, :hidden],
-        c[:rows, :hidden],
-        h[:rows, :hidden],
-        gates_joined(gates[:, :rows], hidden),
-        before[:, :rows, :hidden],
-    )
+    if keep:
+        hs, c, h, gates, before = run(inputs, *others)
+        gates = gates_joined(gates[:, :rows], hidden)
+        before = before[:, :rows, :hidden]
+    else:
+        at_once = piece_steps(steps, filled, size, dtype.itemsize)
+        hs, c, h = in_pieces(run, inputs, *others, size=at_once, reverse=reverse)
+        gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
+        before = jnp.zeros((0, 0, hidden), jnp.float32)
+    hs, c, h = hs[:, :rows, :hidden], c[:rows, :hidden], h[:rows, :hidden]
+    return hs, c, h, gates, before
 
 
 def backward(
@@ -179,7 +198,7 @@ def backward(
         tiles(d_h.astype(jnp.float32), 0),
         fill(gates_apart(gates, size), 1, filled),
         tiles(before, 1),
-        weights_in_out(recurrent_kernel, size),
+        weights_in_out(as_operand(recurrent_kernel, dtype), size),
         fill(lengths, 0, filled),
         resets,
         reverse=reverse,

@@ -7,6 +7,7 @@ Layout   Gates `[T, N, 4, P]` in gate order i f g o, states `[N, P]`, units last
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
@@ -100,9 +101,41 @@ def tile_ends(lengths: Int[Array, " N"], rows: int) -> Int[Array, " tiles"]:
     return lengths.reshape(-1, rows).max(1)
 
 
-def tile_resets(
-    resets: Shaped[Array, "T B"], size: int, rows: int
-) -> Int[Array, "T tiles rows"]:
-    """Returns the resets by tile, as int32: what registers compare best."""
-    wide = fill((resets != 0).astype(jnp.int32), 1, size)
-    return wide.reshape(resets.shape[0], -1, rows)
+def masks(
+    lengths: Int[Array, " N"], resets: Shaped[Array, "T B"] | Shaped[Array, "0 0"]
+) -> list[Array]:
+    """Returns the lengths, and where there are resets, those `[T, N]`.
+
+    In int32, what registers compare best.
+    """
+    if not resets.size:
+        return [lengths]
+    return [lengths, fill((resets != 0).astype(jnp.int32), 1, lengths.size)]
+
+
+def tile_masks(
+    lengths: Int[Array, " N"],
+    resets: Shaped[Array, "T B"] | Shaped[Array, "0 0"],
+    rows: int,
+) -> list[Array]:
+    """Returns `tile_ends`, and `masks` with their last axis in tiles."""
+    by_tile = [
+        mask.reshape(*mask.shape[:-1], -1, rows) for mask in masks(lengths, resets)
+    ]
+    return [tile_ends(lengths, rows), *by_tile]
+
+
+def state_like(rows: int, size: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    """Returns the type of a state `[N, P]`."""
+    return jax.ShapeDtypeStruct((rows, size), dtype)
+
+
+def forward_results(
+    gates: Float[Array, "T N 4 P"], dtype: Any, *, keep: bool
+) -> list[jax.ShapeDtypeStruct]:
+    """Returns the types of what a forward kernel makes: hs, c, h, and before."""
+    steps, rows, _, size = gates.shape
+    sequence = (steps, rows, size)
+    made = [jax.ShapeDtypeStruct(sequence, dtype)]
+    made += [state_like(rows, size), state_like(rows, size, dtype)]
+    return made + [jax.ShapeDtypeStruct(sequence, jnp.float32)] * keep

@@ -23,15 +23,13 @@ Measured Not yet run on hardware.
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flax_lstm.cell import update
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import kept_dtype, tile_ends, tile_resets
+from flax_lstm_kernels.gpu.arrange import forward_results, tile_masks
 from flax_lstm_kernels.gpu.cluster_exchange import (
     SLOTS,
     Copy,
@@ -48,7 +46,13 @@ from flax_lstm_kernels.gpu.cluster_tiles import (
     tiles,
     transforms,
 )
-from flax_lstm_kernels.gpu.common import Registers, activated
+from flax_lstm_kernels.gpu.common import (
+    Refs,
+    Registers,
+    as_operand,
+    step_forward,
+    with_gates,
+)
 from flax_lstm_kernels.gpu.plan import Plan
 
 
@@ -63,13 +67,9 @@ def body(
     *refs, team: Team, rows: int, reverse: bool, keep: bool, cuts: bool, plain: bool
 ):
     """Runs one warpgroup; see the module."""
-    ahead: list[Any] = list(refs)
-
-    def take(present: bool = True) -> Any:
-        return ahead.pop(0) if present else None
-
-    gates_ref, weights_ref, c_ref, h_ref, ends_ref, lengths_ref = (
-        take() for _ in range(6)
+    take = Refs(refs)
+    gates_ref, weights_ref, c_ref, h_ref, operand_ref, ends_ref, lengths_ref = (
+        take() for _ in range(7)
     )
     resets_ref = take(cuts)
     hs_ref, c_last_ref, h_last_ref, before_ref = take(), take(), take(), take(keep)
@@ -103,7 +103,7 @@ def body(
 
     @pl.when(group == 0)
     def all_of_h() -> None:
-        plgpu.copy_gmem_to_smem(h_ref.at[batch], h_pair.at[here, 0], ready)
+        plgpu.copy_gmem_to_smem(operand_ref.at[batch], h_pair.at[here, 0], ready)
 
     exchange.start()
     c_first = values.load(c_ref.at[batch, units])
@@ -122,7 +122,7 @@ def body(
         def meanwhile() -> tuple[Any, ...]:
             """Does what does not wait for the product."""
             fresh = None if resets_ref is None else resets_ref.at[t, tile]
-            fresh = None if fresh is None else values.per_row(fresh)
+            fresh = None if fresh is None else values.per_row(fresh) != 0
             return fresh, given(k + 1)
 
         sums, (fresh, z_next) = registers.sums(pairs, meanwhile)
@@ -134,18 +134,14 @@ def body(
             values.load(z_tile.at[here, group, :, pl.ds(n * WIDTH, WIDTH)])
             for n in range(4)
         ]
-        c_start = c_old
-        if fresh is not None:
-            recurrent = [jnp.where(fresh != 0, 0.0, part) for part in recurrent]
-            c_start = jnp.where(fresh != 0, 0.0, c_old)
-        z = [a + b for a, b in zip(z, recurrent, strict=True)]
-        gates = activated(z, approximate=dtype.itemsize == 2)
-        c, h = update(*gates, c_start)
+        gates, c_start, (c, h) = step_forward(
+            z, recurrent, c_old, fresh, approximate=dtype.itemsize == 2
+        )
         live = t < lengths
         c = jnp.where(live, c, c_old)
         h = jnp.where(live, h, h_old)
 
-        values.store(h_pair.at[here, later, :, units], h)
+        values.store(h_pair.at[here, later, :, units], as_operand(h, dtype))
         plgpu.commit_smem()
         places = [(later, pl.ds(row, EIGHT), units) for row in range(0, rows, EIGHT)]
         part = EIGHT * WIDTH * dtype.itemsize
@@ -185,16 +181,9 @@ def forward_pass(
     interpret: Any = None,
 ) -> tuple[Any, ...]:
     """Runs the kernel; arguments and results are those of `single.forward_pass`."""
-    steps, filled, _, size = gates.shape
-    dtype, kept, rows = weights.dtype, kept_dtype(weights.dtype), plan.rows
+    _, filled, _, size = gates.shape
+    dtype, rows = weights.dtype, plan.rows
     team = Team(plan.blocks, size // (WIDTH * plan.blocks), together=bool(interpret))
-    out_type = [
-        jax.ShapeDtypeStruct((steps, filled, size), dtype),
-        jax.ShapeDtypeStruct((filled, size), jnp.float32),
-        jax.ShapeDtypeStruct((filled, size), dtype),
-    ]
-    if keep:
-        out_type.append(jax.ShapeDtypeStruct((steps, filled, size), jnp.float32))
     copies = (team.members - 1) * team.groups * rows // EIGHT
     scratch = [
         tiles((team.in_block, team.groups, 2, PAIR, size), dtype),
@@ -203,10 +192,8 @@ def forward_pass(
         plgpu.Barrier(num_arrivals=2 * team.groups + 1, num_barriers=team.in_block),
         team.barriers(copies),
     ]
-    operands = [weights_of_pairs(weights), c, h, tile_ends(lengths, rows)]
-    operands.append(lengths.reshape(-1, rows))
-    if resets.size:
-        operands.append(tile_resets(resets, filled, rows))
+    operands = [weights_of_pairs(weights), c, h, as_operand(h, dtype)]
+    operands += tile_masks(lengths, resets, rows)
     run = compat.kernel(
         partial(
             body,
@@ -217,7 +204,7 @@ def forward_pass(
             cuts=bool(resets.size),
             plain=Registers.of(interpret).plain,
         ),
-        out_type=out_type,
+        out_type=forward_results(gates, dtype, keep=keep),
         scratch_types=scratch,
         interpret=interpret,
         name="flax_lstm_forward",
@@ -225,10 +212,4 @@ def forward_pass(
         auto_barriers=False,
         **team.mesh(filled // rows),
     )
-    if not keep:
-        hs, c, h = run(gates, *operands)
-        empty = jnp.zeros((0, 0, 4, size), kept)
-        return hs, c, h, empty, jnp.zeros((0, 0, size), jnp.float32)
-    in_place = jax.new_ref(gates, memory_space=plgpu.GMEM)
-    hs, c, h, before = run(in_place, *operands)
-    return hs, c, h, jax.freeze(in_place), before
+    return with_gates(run, gates, operands, keep=keep)

@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import tile_ends, tile_resets
+from flax_lstm_kernels.gpu.arrange import state_like, tile_masks
 from flax_lstm_kernels.gpu.cluster_exchange import (
     SLOTS,
     Copy,
@@ -44,7 +44,7 @@ from flax_lstm_kernels.gpu.cluster_tiles import (
     tiles,
     transforms,
 )
-from flax_lstm_kernels.gpu.common import Registers, Slopes, meet
+from flax_lstm_kernels.gpu.common import Refs, Registers, Slopes, as_operand, meet
 from flax_lstm_kernels.gpu.plan import Plan
 
 
@@ -61,11 +61,7 @@ def weights_by_unit(weights: Any, members: int) -> Any:
 
 def body(*refs, team: Team, rows: int, reverse: bool, cuts: bool, plain: bool):
     """Runs one warpgroup; see the module."""
-    ahead: list[Any] = list(refs)
-
-    def take(present: bool = True) -> Any:
-        return ahead.pop(0) if present else None
-
+    take = Refs(refs)
     d_hs_ref, d_c_last_ref, d_h_last_ref, gates_ref, before_ref, weights_ref = (
         take() for _ in range(6)
     )
@@ -129,7 +125,8 @@ def body(*refs, team: Team, rows: int, reverse: bool, cuts: bool, plain: bool):
         d_z, d_c = Slopes.of(gates, before).apply(d_h_old + d_hs, d_c_old)
         d_z = [jnp.where(live, part, 0.0) for part in d_z]
         for n, part in enumerate(d_z):
-            values.store(d_z_tiles.at[here, group * 4 + n], part)
+            place = d_z_tiles.at[here, group * 4 + n]
+            values.store(place, as_operand(part, place.dtype))
         plgpu.commit_smem()
         meet(stored.at[here], team.groups)
         pairs = [
@@ -211,10 +208,10 @@ def backward_pass(
     Returns:
       `(d_z [T, N, 4, P], d_c, d_h)`.
     """
-    steps, filled, _, size = gates.shape
+    _, filled, _, size = gates.shape
     dtype, rows = weights.dtype, plan.rows
     team = Team(plan.blocks, size // (WIDTH * plan.blocks), together=bool(interpret))
-    state = jax.ShapeDtypeStruct((filled, size), jnp.float32)
+    state = state_like(filled, size)
     products, in_block = size // PAIR, team.in_block
     scratch = [
         tiles((in_block, products, PAIR, 4 * team.groups * WIDTH), dtype),
@@ -225,10 +222,8 @@ def backward_pass(
         plgpu.Barrier(num_arrivals=team.groups, num_barriers=in_block),
         team.barriers(team.members * team.groups * rows // EIGHT),
     ]
-    operands = [weights_by_unit(weights, team.members), tile_ends(lengths, rows)]
-    operands.append(lengths.reshape(-1, rows))
-    if resets.size:
-        operands.append(tile_resets(resets, filled, rows))
+    operands = [weights_by_unit(weights, team.members)]
+    operands += tile_masks(lengths, resets, rows)
     run = compat.kernel(
         partial(
             body,
@@ -238,11 +233,7 @@ def backward_pass(
             cuts=bool(resets.size),
             plain=Registers.of(interpret).plain,
         ),
-        out_type=[
-            jax.ShapeDtypeStruct((steps, filled, 4, size), dtype),
-            state,
-            state,
-        ],
+        out_type=[jax.ShapeDtypeStruct(gates.shape, dtype), state, state],
         scratch_types=scratch,
         interpret=interpret,
         name="flax_lstm_backward",

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flax_lstm_kernels import compat
+from flax_lstm_kernels.gpu.common import widened
 
 WIDTH = 32  # units of one warpgroup
 EIGHT = 8  # rows of a tile that are contiguous in shared memory
@@ -55,9 +56,7 @@ class Tiles(NamedTuple):
           dtype: What its bits are, where that is not what it is called.
         """
         value = ref[...] if self.plain else compat.load(ref, LAYOUT)
-        if dtype is not None and value.dtype != dtype:
-            value = lax.bitcast_convert_type(value, dtype)
-        return value.astype(jnp.float32)
+        return widened(value, dtype)
 
     def store(self, ref: Any, value: Any) -> None:
         """Stores `[N, 32]` in the reference's dtype."""

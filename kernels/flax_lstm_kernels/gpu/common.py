@@ -1,4 +1,4 @@
-"""What the GPU kernels do with registers and shared memory, in one place.
+"""What the GPU kernels do with references, registers and shared memory, in one place.
 
 A warpgroup owns 64 units of a tile of the batch. Its matrix instruction (wgmma) gives
 them as `[64 units, rows]`, the batch along columns, so that a thread holds all four
@@ -7,7 +7,7 @@ gates of its units. Memory has units last: tiles are turned on their way.
 Axes     N rows of the tile, 64 units.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +16,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flax_lstm.cell import squash
+from flax_lstm.cell import squash, update
 from flax_lstm_kernels import compat
 from flax_lstm_kernels.gpu.arrange import UNITS
 
 SWIZZLE = 128  # bytes; wgmma wants the same of both operands
+TF32_CUT = 13  # bits of a float32 that tf32 does not have
 
 
 def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -34,6 +35,63 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     columns = SWIZZLE // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+class Refs:
+    """The references that a kernel is given, to be taken one after the other."""
+
+    def __init__(self, refs: Sequence[Any]):
+        """Begins before the first of them."""
+        self.rest = list(refs)
+
+    def __call__(self, present: bool = True) -> Any:
+        """Takes the next; None for one that is not `present`."""
+        return self.rest.pop(0) if present else None
+
+
+def widened(value: Any, bits: Any = None) -> Any:
+    """Returns a value in float32; its bits may be those of another dtype."""
+    if bits is not None and value.dtype != bits:
+        value = lax.bitcast_convert_type(value, bits)
+    return value.astype(jnp.float32)
+
+
+def with_gates(
+    run: Callable[..., Any], gates: Any, operands: list[Any], *, keep: bool
+) -> tuple[Any, ...]:
+    """Calls a forward kernel; with `keep`, the gates take the place of what it reads.
+
+    Returns:
+      `(hs, c, h)`, and with `keep` `(hs, c, h, gates, before)`.
+    """
+    if not keep:
+        return tuple(run(gates, *operands))
+    in_place = jax.new_ref(gates, memory_space=plgpu.GMEM)
+    hs, c, h, before = run(in_place, *operands)
+    return hs, c, h, jax.freeze(in_place), before
+
+
+def as_operand(value: Any, dtype: Any) -> Any:
+    """Rounds to what the matrix instruction takes of a dtype: of float32, tf32.
+
+    It would cut the last 13 bits off; rounded to nearest, they err half as much, and
+    in both directions. Elementwise, for registers and for arrays.
+
+    >>> as_operand(jnp.float32(1 + 2**-11), jnp.float32) == 1 + 2**-10
+    Array(True, dtype=bool)
+    """
+    value = value.astype(dtype)
+    return nearest_tf32(value) if value.dtype == jnp.float32 else value
+
+
+def nearest_tf32(value: Any) -> Any:
+    """Rounds float32 to the nearest of tf32; of two, to the larger in magnitude."""
+    # By bits: Mosaic lowers no `lax.reduce_precision`.
+    bits = lax.bitcast_convert_type(value, jnp.int32)
+    rounded = (bits + (1 << (TF32_CUT - 1))) & -(1 << TF32_CUT)
+    rounded = lax.bitcast_convert_type(rounded, jnp.float32)
+    # The bits of a NaN may be all ones: then the sum is those of -0.
+    return jnp.where(value != value, value, rounded)
 
 
 def hardware_sigmoid(x: Any) -> Any:
@@ -82,6 +140,31 @@ class Slopes(NamedTuple):
         return [*(d_c * slope for slope in self.to_z), d_h * self.o], d_c * self.f
 
 
+def step_forward(
+    z: Sequence[Any],
+    recurrent: Sequence[Any],
+    c: Any,
+    fresh: Any,
+    *,
+    approximate: bool,
+) -> tuple[tuple[Any, ...], Any, tuple[Any, Any]]:
+    """Takes a step; returns its gates, the cell it started from, and the new state.
+
+    Args:
+      z: The gates before activation, without h R.
+      recurrent: h R.
+      c: The cell before the step.
+      fresh: Where the step starts from zeros; None for nowhere.
+      approximate: As in `activated`.
+    """
+    if fresh is not None:
+        recurrent = [jnp.where(fresh, 0.0, part) for part in recurrent]
+        c = jnp.where(fresh, 0.0, c)
+    z = [given + part for given, part in zip(z, recurrent, strict=True)]
+    gates = activated(z, approximate=approximate)
+    return gates, c, update(*gates, c)
+
+
 def meet(barrier: Any, groups: int) -> None:
     """Waits for all warpgroups; each then sees what the others stored and committed."""
     if groups > 1:
@@ -117,9 +200,7 @@ class Registers(NamedTuple):
             turned = compat.transposed(ref)
             value = compat.load(turned, plgpu.Layout.WGMMA_TRANSPOSED)
             value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
-        if dtype is not None and value.dtype != dtype:
-            value = lax.bitcast_convert_type(value, dtype)
-        return value.astype(jnp.float32)
+        return widened(value, dtype)
 
     def store(self, ref: Any, value: Any) -> None:
         """Stores `[64, N]` into a tile `[N, 64]` of shared memory, in its dtype."""
@@ -167,13 +248,15 @@ class Registers(NamedTuple):
 
 def plain_sum(pairs: list[tuple[Any, Any]]) -> Any:
     """Returns one of `Registers.sums`, for an interpreter without turned operands."""
-    parts = [
-        lax.dot_general(
-            weights[...].astype(jnp.float32),
-            tile[...].astype(jnp.float32),
-            (((1,), (1,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-        )
-        for weights, tile in pairs
-    ]
+    parts = [plain_product(weights[...], tile[...]) for weights, tile in pairs]
     return sum(parts[1:], parts[0])
+
+
+def plain_product(weights: Any, tile: Any) -> Any:
+    """Returns `weights @ tile^T` in float32, what wgmma would make of the operands."""
+    return lax.dot_general(
+        weights.astype(jnp.float32),
+        tile.astype(jnp.float32),
+        (((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+    )

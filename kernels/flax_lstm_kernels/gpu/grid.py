@@ -25,8 +25,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import kept_dtype, tile_ends
-from flax_lstm_kernels.gpu.common import Registers
+from flax_lstm_kernels.gpu.arrange import (
+    forward_results,
+    masks,
+    state_like,
+    tile_ends,
+)
+from flax_lstm_kernels.gpu.common import Refs, Registers, as_operand
 from flax_lstm_kernels.gpu.flags import Flags, Slots
 from flax_lstm_kernels.gpu.plan import Plan, blocks_at_once, tiles_at_once
 from flax_lstm_kernels.gpu.slab_backward import GROUP, Backward, Carry
@@ -35,7 +40,6 @@ from flax_lstm_kernels.gpu.slabs import (
     UNITS,
     Block,
     Cut,
-    filled_resets,
     slabs_out_in,
 )
 
@@ -68,15 +72,11 @@ def forward_body(
     make_flags: Callable[[], Any],
 ) -> None:
     """Runs one block forward; see the module."""
-    ahead: list[Any] = list(refs)
-
-    def take(present: bool = True) -> Any:
-        return ahead.pop(0) if present else None
-
+    take = Refs(refs)
     z, turns, slabs, c_first, ends, lengths = (take() for _ in range(6))
     resets, hs, c_last, h_last = take(cuts), take(), take(), take()
     before = take(keep)
-    block, flags = Block(cut, plain, *ahead), make_flags()
+    block, flags = Block(cut, plain, *take.rest), make_flags()
     of = Forward(z, slabs, lengths, resets, turns, hs, before)
     unit, flag = lax.axis_index("unit"), lax.axis_index("tile")
     units, members = pl.ds(unit * UNITS, UNITS), cut.size // UNITS
@@ -100,9 +100,10 @@ def forward_body(
                 h=h,
             )
 
+        # The half of `turns` that is not yet in use has h as it is, not as an operand.
         first = (
             block.load(c_first.at[rows, units]),
-            block.load(turns.at[0, rows, units]),
+            block.load(turns.at[1, rows, units]),
         )
         c, h = lax.fori_loop(0, end, step, first)
         block.store(c_last.at[rows, units], c)
@@ -126,15 +127,11 @@ def backward_body(
     make_flags: Callable[[], Any],
 ) -> None:
     """Runs one block backward; see the module."""
-    ahead: list[Any] = list(refs)
-
-    def take(present: bool = True) -> Any:
-        return ahead.pop(0) if present else None
-
+    take = Refs(refs)
     d_hs, gates, before, weights, d_c_last, d_h_last = (take() for _ in range(6))
     ends, lengths, resets = take(), take(), take(cuts)
     d_z, d_c_first, d_h_first, turns, shares = (take() for _ in range(5))
-    block, flags = Block(cut, plain, *ahead), make_flags()
+    block, flags = Block(cut, plain, *take.rest), make_flags()
     of = Backward(d_hs, gates, before, weights, lengths, resets, turns, shares, d_z)
     unit, place = lax.axis_index("unit"), lax.axis_index("tile")
     units, members = pl.ds(unit * UNITS, UNITS), cut.size // UNITS
@@ -249,49 +246,23 @@ def forward_pass(
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
-    """Runs the kernel forward; arguments and results as `single.forward_pass`.
-
-    Args:
-      gates: See there, as for the others.
-      weights: See `gates`.
-      c: See `gates`.
-      h: See `gates`.
-      lengths: See `gates`.
-      resets: See `gates`.
-      reverse: See `gates`.
-      keep: See `gates`.
-      plan: See `gates`.
-      interpret: See `gates`.
-    """
-    steps, filled, _, size = gates.shape
+    """Runs the kernel forward; arguments and results as `single.forward_pass`."""
+    _, filled, _, size = gates.shape
     dtype = weights.dtype
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=True)
-    state = jax.ShapeDtypeStruct((filled, size), jnp.float32)
-    sequence = (steps, filled, size)
-    out_type = [
-        jax.ShapeDtypeStruct(sequence, dtype),
-        state,
-        jax.ShapeDtypeStruct((filled, size), dtype),
-    ]
-    if keep:
-        out_type.append(jax.ShapeDtypeStruct(sequence, jnp.float32))
-    operands = [slabs_out_in(weights), c, tile_ends(lengths, plan.rows), lengths]
-    if resets.size:
-        operands.append(filled_resets(resets, filled))
+    operands = [slabs_out_in(weights), c, tile_ends(lengths, plan.rows)]
+    operands += masks(lengths, resets)
     run = launch(
         partial(forward_body, reverse=reverse, keep=keep, cuts=bool(resets.size)),
         cut,
         filled,
-        out_type,
+        forward_results(gates, dtype, keep=keep),
         interpret,
     )
     in_place = compat.in_place(gates)
-    turns = compat.in_place(jnp.stack([h, h]))
+    turns = compat.in_place(jnp.stack([as_operand(h, dtype), h]))
     hs, c, h, *before = run(in_place, turns, *operands)
-    if not keep:
-        empty = jnp.zeros((0, 0, 4, size), kept_dtype(dtype))
-        return hs, c, h, empty, jnp.zeros((0, 0, size), jnp.float32)
-    return hs, c, h, jax.freeze(in_place), before[0]
+    return hs, c, h, *((jax.freeze(in_place), *before) if keep else ())
 
 
 def backward_pass(
@@ -308,25 +279,11 @@ def backward_pass(
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
-    """Runs the kernel backward; arguments and results as `single.backward_pass`.
-
-    Args:
-      d_hs: See there, as for the others.
-      d_c: See `d_hs`.
-      d_h: See `d_hs`.
-      gates: See `d_hs`.
-      before: See `d_hs`.
-      weights: See `d_hs`.
-      lengths: See `d_hs`.
-      resets: See `d_hs`.
-      reverse: See `d_hs`.
-      plan: See `d_hs`.
-      interpret: See `d_hs`.
-    """
+    """Runs the kernel backward; arguments and results as `single.backward_pass`."""
     _, filled, _, size = gates.shape
     dtype = weights.dtype
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=True)
-    state = jax.ShapeDtypeStruct((filled, size), jnp.float32)
+    state = state_like(filled, size)
     out_type = [
         jax.ShapeDtypeStruct(gates.shape, dtype),
         state,
@@ -335,9 +292,7 @@ def backward_pass(
         jax.ShapeDtypeStruct((GROUP, filled, size), jnp.float32),
     ]
     operands = [d_hs, gates, before, weights, d_c, d_h]
-    operands += [tile_ends(lengths, plan.rows), lengths]
-    if resets.size:
-        operands.append(filled_resets(resets, filled))
+    operands += [tile_ends(lengths, plan.rows), *masks(lengths, resets)]
     run = launch(
         partial(backward_body, reverse=reverse, cuts=bool(resets.size)),
         cut,

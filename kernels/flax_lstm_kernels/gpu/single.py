@@ -20,35 +20,37 @@ Barriers None but those written here: 3 of a warpgroup in a step, where Pallas'
 Memory   The gates after activation take the place of those before.
 Masks    Past a row's length c and h stay and hs is 0; at a reset h R and c are taken
          as 0.
-Numerics Products take bfloat16, float16, or float32 as tf32 (wgmma cuts the last 13
-         bits off, and does not round), and sum in float32; c is float32. 16-bit kernels
-         use the hardware's tanh, of 11 bits.
+Numerics Products take bfloat16, float16, or float32 as tf32 (weights and h are rounded
+         to its 11 bits, to nearest; what is carried and given out is not), and sum in
+         float32; c is float32. 16-bit kernels use the hardware's tanh, of 11 bits.
 Measured Not yet run on hardware.
 """
 
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flax_lstm.cell import update
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import UNITS, kept_dtype, tile_ends, tile_resets
-from flax_lstm_kernels.gpu.common import Registers, activated, meet, tiled
+from flax_lstm_kernels.gpu.arrange import UNITS, forward_results, tile_masks
+from flax_lstm_kernels.gpu.common import (
+    Refs,
+    Registers,
+    as_operand,
+    meet,
+    step_forward,
+    tiled,
+    with_gates,
+)
 from flax_lstm_kernels.gpu.plan import Plan
 
 
 def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
     """Runs one tile; see the module."""
-    ahead: list[Any] = list(refs)
-
-    def take(present: bool = True) -> Any:
-        return ahead.pop(0) if present else None
-
+    take = Refs(refs)
     gates_ref, weights_ref, c_ref, h_ref, ends_ref, lengths_ref = (
         take() for _ in range(6)
     )
@@ -92,6 +94,9 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
     plgpu.barrier_wait(ready)
     c_first = registers.load(c_tile.at[group])
     h_first = registers.load(h_pair.at[0, group])
+    if h_pair.dtype == jnp.float32:
+        registers.store(h_pair.at[0, group], as_operand(h_first, h_pair.dtype))
+        plgpu.commit_smem()
     meet(step_done, groups)
 
     def write(k: Any, out: Any, gates: Any, c_old: Any) -> None:
@@ -136,17 +141,14 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
             return [registers.load(z, h_pair.dtype) for z in slots], fresh
 
         recurrent, (z, fresh) = registers.sums(pairs, meanwhile)
-        c_start = c_old
-        if fresh is not None:
-            recurrent = [jnp.where(fresh, 0.0, part) for part in recurrent]
-            c_start = jnp.where(fresh, 0.0, c_old)
-        z = [given + part for given, part in zip(z, recurrent, strict=True)]
-        gates = activated(z, approximate=h_pair.dtype.itemsize == 2)
-        c, h = update(*gates, c_start)
+        approximate = h_pair.dtype.itemsize == 2
+        gates, c_start, (c, h) = step_forward(
+            z, recurrent, c_old, fresh, approximate=approximate
+        )
         live = t < lengths
         c = jnp.where(live, c, c_old)
         h = jnp.where(live, h, h_old)
-        registers.store(h_pair.at[1 - now, group], h)
+        registers.store(h_pair.at[1 - now, group], as_operand(h, h_pair.dtype))
         plgpu.commit_smem()
         meet(step_done, groups)
         out = jnp.where(live, h, 0.0).astype(h_pair.dtype)
@@ -202,22 +204,15 @@ def forward_pass(
       lengths: int32 `[N]`.
       resets: `[T, N]`, or empty.
       reverse: From the last valid step to the first.
-      keep: Also returns the last two results.
+      keep: Also returns the last two results, the gates in the place of `gates`.
       plan: How to cut up the work.
       interpret: Runs on any device: True, or the interpreter's parameters.
 
     Returns:
       `(hs [T, N, P], c, h, gates [T, N, 4, P], before [T, N, P])`.
     """
-    steps, filled, _, size = gates.shape
-    groups, dtype = size // UNITS, weights.dtype
-    kept = kept_dtype(dtype)
-    state = jax.ShapeDtypeStruct((filled, size), jnp.float32)
-    out_type = [
-        jax.ShapeDtypeStruct((steps, filled, size), dtype),
-        state,
-        jax.ShapeDtypeStruct((filled, size), dtype),
-    ]
+    _, filled, _, size = gates.shape
+    groups, dtype, kept = size // UNITS, weights.dtype, gates.dtype
     place = (plan.rows, UNITS)
     scratch = [
         tiled((groups, 4, groups, UNITS, UNITS), dtype),
@@ -227,17 +222,13 @@ def forward_pass(
         tiled((groups, *place), dtype),
     ]
     if keep:
-        out_type.append(jax.ShapeDtypeStruct((steps, filled, size), jnp.float32))
         scratch.append(tiled((groups, 4, *place), kept))
     scratch += [
         plgpu.Barrier(num_arrivals=4 * groups + 2, num_barriers=groups),
         plgpu.Barrier(num_arrivals=4, num_barriers=groups * plan.stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=1),
     ]
-    operands = [weights, c, h, tile_ends(lengths, plan.rows)]
-    operands.append(lengths.reshape(-1, plan.rows))
-    if resets.size:
-        operands.append(tile_resets(resets, filled, plan.rows))
+    operands = [weights, c, h, *tile_masks(lengths, resets, plan.rows)]
     run = compat.kernel(
         partial(
             body,
@@ -247,7 +238,7 @@ def forward_pass(
             cuts=bool(resets.size),
             plain=Registers.of(interpret).plain,
         ),
-        out_type=out_type,
+        out_type=forward_results(gates, dtype, keep=keep),
         scratch_types=scratch,
         interpret=interpret,
         name="flax_lstm_forward",
@@ -258,10 +249,4 @@ def forward_pass(
         num_threads=groups,
         thread_name="group",
     )
-    if not keep:
-        hs, c, h = run(gates, *operands)
-        empty = jnp.zeros((0, 0, 4, size), kept)
-        return hs, c, h, empty, jnp.zeros((0, 0, size), jnp.float32)
-    in_place = jax.new_ref(gates, memory_space=plgpu.GMEM)
-    hs, c, h, before = run(in_place, *operands)
-    return hs, c, h, jax.freeze(in_place), before
+    return with_gates(run, gates, operands, keep=keep)

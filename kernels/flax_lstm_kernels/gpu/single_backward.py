@@ -16,8 +16,8 @@ Step     wgmma on the last step's dz starts; while it runs, that dz goes out, la
 Barriers As in `single`, with dz in the place of h; dz also goes out from where it is
          multiplied, and TMA has read it before it is overwritten two steps later.
 Masks    Past a row's length dh and dc stay and dz is 0; no gradient passes a reset.
-Numerics dz is rounded to the computation dtype, as operand and as result; sums, dh and
-         dc are float32.
+Numerics dz is rounded to the computation dtype, of float32 to tf32, as operand and as
+         result; sums, dh and dc are float32.
 Measured Not yet run on hardware.
 """
 
@@ -31,18 +31,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import UNITS, tile_ends, tile_resets
-from flax_lstm_kernels.gpu.common import Registers, Slopes, meet, tiled
+from flax_lstm_kernels.gpu.arrange import UNITS, state_like, tile_masks
+from flax_lstm_kernels.gpu.common import (
+    Refs,
+    Registers,
+    Slopes,
+    as_operand,
+    meet,
+    tiled,
+)
 from flax_lstm_kernels.gpu.plan import Plan
 
 
 def body(*refs, plan: Plan, reverse: bool, cuts: bool, plain: bool):
     """Runs one tile; see the module."""
-    ahead: list[Any] = list(refs)
-
-    def take(present: bool = True) -> Any:
-        return ahead.pop(0) if present else None
-
+    take = Refs(refs)
     d_hs_ref, d_c_ref, d_h_ref, gates_ref, before_ref, weights_ref = (
         take() for _ in range(6)
     )
@@ -158,7 +161,7 @@ def body(*refs, plan: Plan, reverse: bool, cuts: bool, plain: bool):
         # The last dz but one, in this place, has been read by TMA.
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         for n, part in enumerate(d_z):
-            part = jnp.where(live, part, 0.0)
+            part = as_operand(jnp.where(live, part, 0.0), d_z_pair.dtype)
             registers.store(d_z_pair.at[lax.rem(j, 2), n, group], part)
         plgpu.commit_smem()
         meet(step_done, groups)
@@ -222,12 +225,10 @@ def backward_pass(
     """
     _, filled, _, size = gates.shape
     groups, dtype = size // UNITS, weights.dtype
-    state = jax.ShapeDtypeStruct((filled, size), jnp.float32)
+    state = state_like(filled, size)
     place = (plan.rows, UNITS)
-    operands = [d_hs, d_c, d_h, gates, before, weights, tile_ends(lengths, plan.rows)]
-    operands.append(lengths.reshape(-1, plan.rows))
-    if resets.size:
-        operands.append(tile_resets(resets, filled, plan.rows))
+    operands = [d_hs, d_c, d_h, gates, before, weights]
+    operands += tile_masks(lengths, resets, plan.rows)
     run = compat.kernel(
         partial(
             body,

@@ -13,8 +13,8 @@ Exchange dz in the computation dtype in one half of `turns [2, rows, 4, P]`, tha
          next step in the other. The shares of dh, float32, in `shares [4, rows, P]`:
          the next dz of a block, which everyone waits for before sharing again, comes
          after it has read them; so one copy is enough.
-Numerics dz is rounded to the computation dtype as operand of the product, and only
-         there; all else is float32.
+Numerics dz is rounded to the computation dtype, of float32 to tf32, as operand of the
+         product, and only there; all else is float32.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from flax_lstm_kernels.gpu.common import Slopes
+from flax_lstm_kernels.gpu.common import Slopes, as_operand
 from flax_lstm_kernels.gpu.slabs import SLAB, UNITS
 
 GROUP = 4  # blocks: as many as there are gates
@@ -119,7 +119,8 @@ class Backward(NamedTuple):
         d_z, d_c = slopes.apply(d_h + d_hs, carry.d_c)
         d_z = [jnp.where(live, part, 0.0) for part in d_z]
         for gate, part in enumerate(d_z):
-            block.store(self.turns.at[turn, rows, gate, units], part)
+            place = self.turns.at[turn, rows, gate, units]
+            block.store(place, as_operand(part, place.dtype))
         flags.signal(flag)
         for gate, part in enumerate(d_z):
             block.store(self.d_z.at[t, rows, gate, units], part)

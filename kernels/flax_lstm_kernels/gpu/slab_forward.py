@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from flax_lstm.cell import update
-from flax_lstm_kernels.gpu.common import activated
+from flax_lstm_kernels.gpu.common import as_operand, step_forward
 from flax_lstm_kernels.gpu.slabs import UNITS
 
 
@@ -84,18 +83,12 @@ class Forward(NamedTuple):
         flags.wait(flag, count)
         product = block.product(self.turns.at[turn, rows], self.slab(unit))
         shares = block.turned(product)
-        start = c
-        if fresh is not None:
-            shares = [jnp.where(fresh, 0.0, share) for share in shares]
-            start = jnp.where(fresh, 0.0, c)
-        gates = activated(
-            [a + b for a, b in zip(z, shares, strict=True)],
-            approximate=dtype.itemsize == 2,
+        gates, start, (new_c, new_h) = step_forward(
+            z, shares, c, fresh, approximate=dtype.itemsize == 2
         )
-        new_c, new_h = update(*gates, start)
         new_h = new_h.astype(dtype).astype(jnp.float32)
         h = jnp.where(live, new_h, h)
-        block.store(self.turns.at[1 - turn, rows, units], h)
+        block.store(self.turns.at[1 - turn, rows, units], as_operand(h, dtype))
         flags.signal(flag)
         block.store(self.hs.at[t, rows, units], jnp.where(live, new_h, 0.0))
         if self.before is not None:

@@ -20,8 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import fill
-from flax_lstm_kernels.gpu.common import tiled
+from flax_lstm_kernels.gpu.common import plain_product, tiled, widened
 from flax_lstm_kernels.gpu.plan import PADDED, SLAB_UNITS, chunk_of
 
 UNITS, SLAB = SLAB_UNITS, 4 * SLAB_UNITS
@@ -32,11 +31,6 @@ def slabs_out_in(weights: Any) -> Any:
     gates, size, _ = weights.shape
     apart = weights.reshape(gates, size // UNITS, UNITS, size)
     return apart.swapaxes(0, 1).reshape(gates * size, size)
-
-
-def filled_resets(resets: Any, filled: int) -> Any:
-    """Returns the resets as int32, what registers compare best, for all rows."""
-    return fill((resets != 0).astype(jnp.int32), 1, filled)
 
 
 class Cut(NamedTuple):
@@ -101,9 +95,7 @@ class Block(NamedTuple):
     def load(self, ref: Any, bits: Any = None) -> Any:
         """Loads `[N, 16]` as float32; the bits may be those of another dtype."""
         value = ref[...] if self.plain else compat.load(ref, self.cut.layout())
-        if bits is not None and bits != value.dtype:
-            value = lax.bitcast_convert_type(value, bits)
-        return value.astype(jnp.float32)
+        return widened(value, bits)
 
     def store(self, ref: Any, value: Any) -> None:
         """Stores `[N, 16]` into any memory, in its dtype."""
@@ -160,13 +152,8 @@ class Block(NamedTuple):
             def add(k: Any, total: Any) -> Any:
                 slot = lax.rem(k, stages)
                 plgpu.barrier_wait(self.arrived.at[slot])
-                part = lax.dot_general(
-                    self.weights[k if self.cut.resident else slot],
-                    self.operands[slot],
-                    (((1,), (1,)), ((), ())),
-                    precision=lax.Precision.HIGHEST,
-                    preferred_element_type=jnp.float32,
-                )
+                weights = self.weights[k if self.cut.resident else slot]
+                part = plain_product(weights, self.operands[slot])
                 if stages < chunks:
                     refill(k)
                 return total + part

@@ -23,8 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import kept_dtype, tile_ends
-from flax_lstm_kernels.gpu.common import Registers
+from flax_lstm_kernels.gpu.arrange import masks, tile_ends
+from flax_lstm_kernels.gpu.common import Refs, Registers, as_operand
 from flax_lstm_kernels.gpu.flags import Launches
 from flax_lstm_kernels.gpu.plan import Plan
 from flax_lstm_kernels.gpu.slab_backward import GROUP, Backward, Carry
@@ -33,7 +33,6 @@ from flax_lstm_kernels.gpu.slabs import (
     UNITS,
     Block,
     Cut,
-    filled_resets,
     slabs_out_in,
 )
 
@@ -42,23 +41,19 @@ NONE = Launches()
 
 def forward_body(*refs: Any, cut: Cut, keep: bool, cuts: bool, plain: bool) -> None:
     """Runs one block of one step forward; see the module."""
-    ahead: list[Any] = list(refs)
-
-    def take(present: bool = True) -> Any:
-        return ahead.pop(0) if present else None
-
-    z, turns, c_state, hs, before = take(), take(), take(), take(), take(keep)
+    take = Refs(refs)
+    z, turns, c_state, h_state = take(), take(), take(), take()
+    hs, before = take(), take(keep)
     now, slabs, ends, lengths, resets = take(), take(), take(), take(), take(cuts)
-    block = Block(cut, plain, *ahead)
+    block = Block(cut, plain, *take.rest)
     unit, tile = lax.axis_index("unit"), lax.axis_index("tile")
     rows, units = pl.ds(tile * cut.rows, cut.rows), pl.ds(unit * UNITS, UNITS)
     t, turn = now[0], now[1]
-    h = block.load(turns.at[turn, rows, units])
 
     @pl.when(t < ends[tile])
     def run() -> None:
         of = Forward(z, slabs, lengths, resets, turns, hs, before)
-        c, _ = of.step(
+        c, h = of.step(
             block,
             NONE,
             t=t,
@@ -68,13 +63,10 @@ def forward_body(*refs: Any, cut: Cut, keep: bool, cuts: bool, plain: bool) -> N
             flag=0,
             count=0,
             c=block.load(c_state.at[rows, units]),
-            h=h,
+            h=block.load(h_state.at[rows, units]),
         )
         block.store(c_state.at[rows, units], c)
-
-    @pl.when(t >= ends[tile])
-    def pass_on() -> None:
-        block.store(turns.at[1 - turn, rows, units], h)
+        block.store(h_state.at[rows, units], h)
 
 
 def activate_body(*refs: Any, cut: Cut, cuts: bool, plain: bool) -> None:
@@ -158,29 +150,17 @@ def forward_pass(
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
-    """Runs the kernel forward; arguments and results as `single.forward_pass`.
-
-    Args:
-      gates: See there, as for the others.
-      weights: See `gates`.
-      c: See `gates`.
-      h: See `gates`.
-      lengths: See `gates`.
-      resets: See `gates`.
-      reverse: See `gates`.
-      keep: See `gates`.
-      plan: See `gates`.
-      interpret: See `gates`.
-    """
+    """Runs the kernel forward; arguments and results as `single.forward_pass`."""
     steps, filled, _, size = gates.shape
     dtype = weights.dtype
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=False)
-    given = [slabs_out_in(weights), tile_ends(lengths, plan.rows), lengths]
-    if resets.size:
-        given.append(filled_resets(resets, filled))
+    given = [slabs_out_in(weights), tile_ends(lengths, plan.rows)]
+    given += masks(lengths, resets)
     body = partial(forward_body, keep=keep, cuts=bool(resets.size))
     run = launch(body, "forward", cut, filled, interpret)
-    written = [gates, jnp.stack([h, h]), c, jnp.zeros((steps, filled, size), dtype)]
+    operand = as_operand(h, dtype)
+    written = [gates, jnp.stack([operand, operand]), c, h]
+    written.append(jnp.zeros((steps, filled, size), dtype))
     if keep:
         written.append(jnp.zeros((steps, filled, size), jnp.float32))
     refs = [compat.in_place(array) for array in written]
@@ -190,11 +170,8 @@ def forward_pass(
         run(*refs, jnp.stack([t, k % 2]), *given)
 
     lax.fori_loop(0, steps, step, None)
-    gates, turns, c, hs, *before = (jax.freeze(ref) for ref in refs)
-    if not keep:
-        gates = jnp.zeros((0, 0, 4, size), kept_dtype(dtype))
-        before = [jnp.zeros((0, 0, size), jnp.float32)]
-    return hs, c, turns[steps % 2], gates, before[0]
+    gates, _, c, h, hs, *before = (jax.freeze(ref) for ref in refs)
+    return hs, c, h, *((gates, *before) if keep else ())
 
 
 def backward_pass(
@@ -211,28 +188,12 @@ def backward_pass(
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
-    """Runs the kernel backward; arguments and results as `single.backward_pass`.
-
-    Args:
-      d_hs: See there, as for the others.
-      d_c: See `d_hs`.
-      d_h: See `d_hs`.
-      gates: See `d_hs`.
-      before: See `d_hs`.
-      weights: See `d_hs`.
-      lengths: See `d_hs`.
-      resets: See `d_hs`.
-      reverse: See `d_hs`.
-      plan: See `d_hs`.
-      interpret: See `d_hs`.
-    """
+    """Runs the kernel backward; arguments and results as `single.backward_pass`."""
     steps, filled, _, size = gates.shape
     dtype = weights.dtype
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=False)
     ends = tile_ends(lengths, plan.rows)
-    given = [d_hs, gates, before, weights, ends, lengths]
-    if resets.size:
-        given.append(filled_resets(resets, filled))
+    given = [d_hs, gates, before, weights, ends, *masks(lengths, resets)]
     body = partial(activate_body, cuts=bool(resets.size))
     activate = launch(body, "activate", cut, filled, interpret)
     multiply = launch(multiply_body, "multiply", cut, filled, interpret)

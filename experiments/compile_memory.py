@@ -1,0 +1,117 @@
+"""How much memory of a TPU or GPU does a layer take, next to the plain loops?
+
+    python experiments/compile_memory.py
+
+Compiles `lstm` ahead of time, as `compile_kernels.py` does, and asks the compiler for
+its plan: the peak of inputs, results and scratch, all together. `forward` keeps nothing
+for a derivative, `gradient` is that of weights and inputs. The plan is the same at
+every run.
+
+Writes results/compile_memory.csv.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from compile_kernels import TARGETS, default_cache
+
+RESULTS = Path(__file__).parent / "results" / "compile_memory.csv"
+# T, B, I, H: the first layer of the tutorial, whose inputs fill no whole lanes of a
+# TPU; one whose inputs do; one of many steps and few rows.
+SHAPES = ((244, 256, 300, 128), (244, 256, 256, 128), (1024, 16, 256, 256))
+KINDS = {"v5e": ("tpu", "TPU v5e"), "h100": ("cuda", "9.0")}
+IMPLEMENTATIONS = ("pallas", "scan", "xla")
+
+
+def rows_of(target: str) -> None:
+    """Compiles in this process for one target; prints a row for each program."""
+    import jax
+    from flax_lstm_kernels.target import on
+
+    place = TARGETS[target][0].sharding(target)
+    for shape in SHAPES:
+        for lengths in (False, True):
+            for mode in ("forward", "gradient"):
+                for name in IMPLEMENTATIONS:
+                    function, arguments = program(shape, name, mode, place)
+                    given = arguments if lengths else arguments[:2]
+                    with on(*KINDS[target]):
+                        compiled: Any = jax.jit(function).lower(*given).compile()
+                    row = {"target": target, "dtype": "bfloat16"}
+                    row |= dict(zip("TBIH", shape, strict=True))
+                    row |= {"lengths": lengths, "mode": mode, "implementation": name}
+                    peak = compiled.memory_analysis().peak_memory_in_bytes
+                    print(json.dumps(row | {"peak_mib": f"{peak / 2**20:.1f}"}))
+
+
+def program(shape: tuple[int, ...], name: str, mode: str, place: Any) -> Any:
+    """Returns a function, and the types of its weights, inputs and lengths."""
+    import jax
+    import jax.numpy as jnp
+
+    from flax_lstm import LSTMParams, lstm
+
+    steps, rows, size, hidden = shape
+    dtype = jnp.bfloat16
+
+    def like(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def forward(params: Any, x: Any, lengths: Any = None) -> Any:
+        return lstm(params, x, lengths=lengths, implementation=name)
+
+    def gradient(params: Any, x: Any, lengths: Any = None) -> Any:
+        def loss(params: Any, x: Any) -> Any:
+            state, y = forward(params, x, lengths)
+            return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state.c)
+
+        return jax.grad(loss, (0, 1))(params, x)
+
+    params = LSTMParams(
+        like(size, 4 * hidden), like(hidden, 4 * hidden), like(4 * hidden)
+    )
+    arguments = params, like(steps, rows, size), like(rows, dtype=jnp.int32)
+    return {"forward": forward, "gradient": gradient}[mode], arguments
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        rows_of(options.child)
+        return
+    made = {"jax": version("jax"), "date": datetime.date.today().isoformat()}
+    rows = []
+    for target in KINDS:
+        with tempfile.TemporaryDirectory() as dump:
+            compiler = TARGETS[target][0].environment(options.cache, dump)
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", target],
+                env=os.environ | compiler,
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        rows += [json.loads(line) | made for line in found]
+    for row in rows:
+        print(row)
+    with RESULTS.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
