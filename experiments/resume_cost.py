@@ -1,20 +1,28 @@
 """What do verified checkpoints cost: to restore, and to the steps beside a save?
 
-    python experiments/resume_cost.py [--rounds 5]
+    python experiments/resume_cost.py [--rounds 6] [--interval 20]
 
 The state is the classifier's with a large vocabulary: parameters and two slots of
-AdamW, some 200 MB. Restoring: Orbax alone, and `Checkpoints`, which also compares the
-forms and verifies the SHA-256 of every leaf; they take turns. Saving: the same number
-of steps without a save and with one at their beginning, which then runs beside them;
-they take turns too. A save is over before a round ends, so that all of it is counted.
+AdamW, some 200 MB, of random numbers, which take longest to write. Each round measures
 
-Writes results/resume_cost.csv.
+* a restore by Orbax alone, and one by `Checkpoints`, which also compares the forms and
+  verifies the SHA-256 of every leaf;
+* the same steps without a save, and with one before the first of them, which then runs
+  beside them: all that `flax-lstm train` does for it, the search for numbers that are
+  not finite and the deletion of the oldest step included.
+
+Each pair takes turns in going first. The number of steps is chosen so that they take
+`--interval` seconds: saves that far apart are what is measured. Ten minutes, which is
+what `flax-lstm train` leaves between saves, are computed: the same seconds for a save,
+of 600. Give `--interval 600` to measure them; a round takes twenty minutes then.
+
+Writes results/resume_cost.csv; medians and quartiles, of differences within a round.
 """
 
 import argparse
 import csv
 import datetime
-import shutil
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,117 +36,174 @@ import orbax.checkpoint as ocp
 from flax_lstm import data, environment, nnx
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import ModelConfig, TrainConfig
-from flax_lstm.leaves import to_host
-from flax_lstm.train import init_train_state, make_optimizer, parallelize
+from flax_lstm.leaves import to_save
+from flax_lstm.train import (
+    init_train_state,
+    make_optimizer,
+    nonfinite_leaves,
+    parallelize,
+)
 
 RESULTS = Path(__file__).parent / "results" / "resume_cost.csv"
 VOCABULARY, ROWS, LENGTH = 32_000, 64, 40
 MODEL = ModelConfig(embedding_size=512)
+CALIBRATION = 20
+"""Steps that are timed to choose how many take as long as was asked for."""
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, float]:
+def timed(action: Callable[[], Any]) -> np.ndarray:
     """Returns wall time, and time of the CPUs, which counts no waiting for others."""
     wall, cpu = time.perf_counter(), time.process_time()
     action()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return np.array([time.perf_counter() - wall, time.process_time() - cpu])
+
+
+def in_turn(number: int, pair: dict[str, Callable[[], Any]]) -> dict[str, np.ndarray]:
+    """Times two actions; the second one goes first in every other round."""
+    names = list(pair) if number % 2 else list(pair)[::-1]
+    return {name: timed(pair[name]) for name in names}
+
+
+class Training:
+    """The steps that are timed, and the state that they change."""
+
+    def __init__(self) -> None:
+        config = TrainConfig()
+        init, apply = nnx.classifier_functions(MODEL, VOCABULARY)
+        optimizer = make_optimizer(config, 10_000)
+        self.program = parallelize(apply, optimizer, config)
+        draw = np.random.default_rng(0)
+        state = init_train_state(init, optimizer, jax.random.key(0))
+        # Slots of word vectors that no batch has used are zeros, and soon written.
+        slots = jax.tree.map(
+            lambda x: (
+                np.square(draw.normal(size=x.shape)).astype(x.dtype) if x.ndim else x
+            ),
+            state.optimizer_state,
+        )
+        self.state = self.program.place_state(state._replace(optimizer_state=slots))
+        ones = np.ones(ROWS, np.float32)
+        tokens = draw.integers(1, VOCABULARY, (ROWS, LENGTH)).astype(np.int32)
+        self.batch = data.Batch(tokens, np.full(ROWS, LENGTH, np.int32), ones, ones)
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.state, metrics = self.program.step(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+
+    def save(self, checkpoints: Checkpoints, step: int) -> None:
+        plain = self.program.fetch(self.state)
+        odd = nonfinite_leaves([plain.params, plain.optimizer_state])
+        if odd:
+            raise FloatingPointError(f"{odd} are not finite")
+        checkpoints.save(step, plain, {})
+
+
+def measure(rounds: int, interval: float, work: Path) -> tuple[dict, dict[str, Any]]:
+    """Returns (wall, CPU) seconds of every round by what they are of, and the sizes."""
+    training = Training()
+    training.steps(CALIBRATION)
+    taken = timed(lambda: training.steps(CALIBRATION))[0] / CALIBRATION
+    count = max(round(interval / taken), 1)
+    template = jax.eval_shape(lambda: training.state)
+    arrays, _ = to_save(training.state)
+    stored = {name: array for name, array in arrays.items() if array.size}
+    orbax = ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler())
+    )
+    found: dict[str, list[np.ndarray]] = {}
+    with Checkpoints(work / "restored") as checkpoints:
+        checkpoints.save(1, training.state, {})
+    with (
+        Checkpoints(work / "restored", read_only=True) as reader,
+        Checkpoints(work / "saved") as writer,
+    ):
+
+        def by_orbax() -> None:
+            target = {name: np.empty_like(array) for name, array in stored.items()}
+            orbax.restore(
+                work / "restored" / "1",
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
+            )
+
+        def with_save() -> None:
+            seconds["before a save returns"] = timed(
+                lambda: training.save(writer, number)
+            )
+            training.steps(count)
+            writer.wait()
+
+        for number in range(rounds + 1):
+            seconds = in_turn(
+                number,
+                {
+                    "restore by Orbax": by_orbax,
+                    "verified restore": lambda: reader.restore_last(template),
+                },
+            )
+            few = number == 0  # the first one compiles, and reads the disk
+            steps = CALIBRATION if few else count
+
+            def without_save(steps: int = steps) -> None:
+                training.steps(steps)
+
+            seconds |= in_turn(
+                number, {"steps": without_save, "steps with a save": with_save}
+            )
+            seconds["verifying"] = (
+                seconds["verified restore"] - seconds["restore by Orbax"]
+            )
+            seconds["a save"] = seconds["steps with a save"] - seconds["steps"]
+            if not few:
+                for name, value in seconds.items():
+                    found.setdefault(name, []).append(value)
+                print(number, {name: value.round(3) for name, value in seconds.items()})
+    return found, {
+        "state_mib": round(sum(array.nbytes for array in arrays.values()) / 2**20),
+        "steps": count,
+        "rounds": rounds,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--interval", type=float, default=20.0, help="seconds of steps")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    config = TrainConfig()
-    init, apply = nnx.classifier_functions(MODEL, VOCABULARY)
-    optimizer = make_optimizer(config, 10_000)
-    program = parallelize(apply, optimizer, config)
-    state = program.place_state(init_train_state(init, optimizer, jax.random.key(0)))
-    template = jax.eval_shape(lambda: state)
-    draw = np.random.default_rng(0)
-    ones = np.ones(ROWS, np.float32)
-    tokens = draw.integers(1, VOCABULARY, (ROWS, LENGTH)).astype(np.int32)
-    batch = data.Batch(tokens, np.full(ROWS, LENGTH, np.int32), ones, ones)
-
-    def steps() -> None:
-        nonlocal state
-        for _ in range(asked.steps):
-            state, metrics = program.step(state, batch)
-        jax.block_until_ready((state, metrics))
-
-    arrays, _ = to_host(state)
-    mebibytes = sum(array.nbytes for array in arrays.values()) / 2**20
-    orbax = ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler())
-    )
-    target = {name: np.empty_like(array) for name, array in arrays.items()}
-    taken: dict[str, list[tuple[float, float]]] = {
-        n: []
-        for n in ("orbax", "verified", "steps", "steps with a save", "handing over")
-    }
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "checkpoints"
-        with Checkpoints(folder) as checkpoints:
-            checkpoints.save(1, state, {})
-        for number in range(asked.rounds + 1):
-            seconds = {
-                "orbax": timed(
-                    lambda: orbax.restore(
-                        folder / "1",
-                        args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
-                    )
-                )
-            }
-            with Checkpoints(folder, read_only=True) as checkpoints:
-                seconds["verified"] = timed(lambda: checkpoints.restore_last(template))
-
-            def with_save(seconds: dict[str, tuple[float, float]] = seconds) -> None:
-                with Checkpoints(Path(work) / "saved") as checkpoints:
-                    seconds["handing over"] = timed(
-                        lambda: checkpoints.save(1, state, {})
-                    )
-                    steps()
-
-            order = [("steps", steps), ("steps with a save", with_save)]
-            for name, action in order if number % 2 else order[::-1]:
-                seconds[name] = timed(action)
-            shutil.rmtree(Path(work) / "saved")
-            if number:  # the first one compiles, and reads the disk
-                for name, value in seconds.items():
-                    taken[name].append(value)
+        found, sizes = measure(asked.rounds, asked.interval, Path(work))
     facts = environment.describe(tuple(jax.devices()[:1]))
+    provenance = {
+        "device": facts["devices"][0],
+        "jax": facts["packages"]["jax"],
+        "commit": facts["commit"],
+        "date": datetime.date.today().isoformat(),
+    }
     rows = []
-    for name, values in taken.items():
+
+    def add(what: str, values: Any, unit: str, cpu: float | None, how: str) -> None:
+        p25, p50, p75 = np.percentile(values, [25, 50, 75])
+        middle = {"p25": f"{p25:.3f}", "p50": f"{p50:.3f}", "p75": f"{p75:.3f}"}
+        used = {"p50_cpu_s": "" if cpu is None else f"{cpu:.3f}", "how": how}
+        rows.append({"what": what, "unit": unit, **middle, **used, **sizes})
+
+    for name, values in found.items():
         walls, cpus = np.transpose(values)
-        p20, p50, p80 = np.percentile(walls, [20, 50, 80])
-        rows.append(
-            {
-                "what": name,
-                "state_mib": f"{mebibytes:.0f}",
-                "steps": asked.steps if "steps" in name else "",
-                "rounds": asked.rounds,
-                "p20_s": f"{p20:.3f}",
-                "p50_s": f"{p50:.3f}",
-                "p80_s": f"{p80:.3f}",
-                "p50_cpu_s": f"{np.median(cpus):.3f}",
-                "device": facts["devices"][0],
-                "jax": facts["packages"]["jax"],
-                "commit": facts["commit"],
-                "date": datetime.date.today().isoformat(),
-            }
-        )
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        add(name, walls, "s", float(np.median(cpus)), "measured")
+    cost = np.array(found["a save"])[:, 0]
+    steps = np.array(found["steps"])[:, 0]
+    add(f"saves {asked.interval:g} s apart", 100 * cost / steps, "%", None, "measured")
+    default = 60 * (TrainConfig().save_minutes or math.inf)
+    if default > asked.interval:
+        add(f"saves {default:g} s apart", 100 * cost / default, "%", None, "computed")
+    with asked.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *provenance])
         writer.writeheader()
-        writer.writerows(rows)
-    middle = {name: np.median(values, axis=0) for name, values in taken.items()}
-    more = middle["verified"] - middle["orbax"]
-    save = middle["steps with a save"] - middle["steps"]
-    print(f"{mebibytes:.0f} MiB; medians of wall and CPU seconds: {middle}")
-    print(f"verifying adds {more[0]:.2f} s ({more[1]:.2f} s of CPU) to a restore")
-    print(
-        f"one save costs the steps {save[0]:.2f} s, {save[1]:.2f} s of CPU: 5 % where "
-        f"saves are {save[1] / 0.05:.0f} s of CPU apart"
-    )
+        writer.writerows({**row, **provenance} for row in rows)
+    print(f"{sizes['state_mib']} MiB, {sizes['steps']} steps, {asked.rounds} rounds")
+    for row in rows:
+        print("{what:26} {p25} … {p50} … {p75} {unit}  {how}".format(**row))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Checkpoints that are either right or refused: a thin, careful layer over Orbax.
 
-Orbax writes a step atomically, and checks little when it reads one back: a flipped bit
-is restored in silence, another dtype is cast in silence. So each step carries, beside
-its arrays, the record of `flax_lstm.manifest`, and nothing is returned that does not
-match it. Of Orbax the plain `Checkpointer` is used; its manager finds steps by their
-names alone, declines to save by returning False, and lets NaN be the best.
+Each step carries, beside its arrays, the record of `flax_lstm.manifest`, and nothing is
+returned that does not match it. Of Orbax the plain `Checkpointer` is used, in
+`flax_lstm.storage`; its manager finds steps by their names alone, declines to save by
+returning False, and lets NaN be the best.
 
 On disk  FOLDER/STEP/state (the leaves of the pytree under their dotted names) and
          FOLDER/STEP/meta (the record). Both appear at once, when Orbax renames STEP.
@@ -23,26 +22,24 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from flax_lstm import distributed
-from flax_lstm.config import MOST_JSON_BYTES, UserError
+from flax_lstm.config import UserError
 from flax_lstm.folder import write_json
-from flax_lstm.leaves import Leaf, describe, digest, place, to_host, with_digest
+from flax_lstm.leaves import Leaf, describe, place, to_save
 from flax_lstm.manifest import (
     CheckpointError,
     CheckpointMismatchError,
     CheckpointWarning,
     DamagedCheckpointError,
-    check_memory,
     compare,
     first,
     make_record,
     read_record,
     recorded_leaves,
 )
+from flax_lstm.storage import RECORD, Storage, with_digests
 
 __all__ = [
     "CheckpointError",
@@ -65,6 +62,7 @@ class Checkpoints:
 
     Saving goes on in the background: `save` copies the state to the host and returns.
     An error of a save surfaces at the next call, at the latest when the context ends.
+    Several processes save together, and `save` returns when the step is on disk.
 
     Args:
       folder: Where the steps are; created unless `read_only`.
@@ -97,11 +95,7 @@ class Checkpoints:
                 for orphan in self.folder.glob(f"*{UNFINISHED}*"):
                     remove(orphan)
         self._background = ThreadPoolExecutor(1, "checkpoint")
-        self._orbax = ocp.Checkpointer(
-            ocp.CompositeCheckpointHandler(
-                state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler()
-            )
-        )
+        self._storage = Storage()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -120,7 +114,7 @@ class Checkpoints:
             error.add_note(str(failure))
         finally:
             self._background.shutdown()
-            self._orbax.close()
+            self._storage.close()
 
     def steps(self) -> tuple[int, ...]:
         """Returns the complete steps on disk, ascending; foreign folders left out."""
@@ -159,7 +153,7 @@ class Checkpoints:
                 f"got {step}."
             )
         self._set_aside(step, "foreign")
-        arrays, leaves = to_host(state)
+        arrays, leaves = to_save(state)
         self._needed = sum(array.nbytes for array in arrays.values())
         self._start(step, self._write, step, arrays, leaves, meta, metric)
 
@@ -276,8 +270,7 @@ class Checkpoints:
         return read_record(self._record_path(step), self.folder / str(step))
 
     def _record_path(self, step: int) -> Path:
-        # The name that Orbax's JsonCheckpointHandler gives.
-        return self.folder / str(step) / "meta" / "metadata"
+        return self.folder / str(step) / RECORD
 
     def _restore(
         self, step: int, template: Any, check: Check | None, cast_dtype: bool
@@ -289,54 +282,12 @@ class Checkpoints:
         leaves = recorded_leaves(record)
         wanted, structure = describe(template)
         compare(path, leaves, wanted, cast_dtype)
-        arrays = self._arrays(path, leaves)
+        arrays = self._storage.read(path, leaves)
         values = [
             place(arrays[name], leaves[name], like, wanted[name].dtype)
             for name, like in structure[0]
         ]
         return jax.tree.unflatten(structure[1], values), record["meta"]
-
-    def _arrays(self, path: Path, leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
-        """Reads the arrays of a step and verifies them against their digests."""
-        check_memory(path, leaves)
-        target = {
-            name: np.empty(leaf.shape, jnp.dtype(leaf.dtype))
-            for name, leaf in leaves.items()
-        }
-        stored = {name: array for name, array in target.items() if array.size}
-        try:
-            # Before anything is allocated for what the files claim to hold.
-            for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
-                size = (path / name).stat().st_size if (path / name).exists() else 0
-                if size > MOST_JSON_BYTES:
-                    most = MOST_JSON_BYTES // 2**20
-                    raise ValueError(f"its {name} is larger than {most} MiB")
-            metadata: Any = self._orbax.metadata(path).item_metadata
-            found = metadata.state.tree
-            forms = {name: (m.shape, m.dtype) for name, m in found.items()}
-            if forms != {name: (a.shape, a.dtype) for name, a in stored.items()}:
-                raise ValueError(f"its arrays have other shapes or dtypes, {forms}")
-            for name, m in found.items():  # a chunk is decoded as a whole
-                if math.prod(m.storage.chunk_shape) > math.prod(m.shape):
-                    raise ValueError(f"the chunks of {name} are larger than it is")
-            with distributed.watching():
-                arrays = self._orbax.restore(
-                    path,
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(stored)),
-                )["state"]
-        except distributed.LostProcessError:
-            raise
-        except Exception as error:  # Orbax raises bare Exception for damaged files
-            raise DamagedCheckpointError(
-                f"checkpoint {path} is damaged: it cannot be read ({first(error)})."
-            ) from error
-        for name in stored:
-            if digest(arrays[name]) != leaves[name].sha256:
-                raise DamagedCheckpointError(
-                    f"checkpoint {path} is damaged: the SHA-256 of {name} does not "
-                    "match."
-                )
-        return {**target, **arrays}
 
     def _begin_writing(self) -> None:
         if self.read_only:
@@ -353,20 +304,13 @@ class Checkpoints:
     def _write(
         self,
         step: int,
-        arrays: dict[str, np.ndarray],
+        arrays: dict[str, np.ndarray | jax.Array],
         leaves: dict[str, Leaf],
         meta: dict[str, Any],
         metric: float,
     ) -> None:
-        described = {n: with_digest(leaf, arrays[n]) for n, leaf in leaves.items()}
-        record = make_record(step, described, meta, metric)
-        stored = {name: array for name, array in arrays.items() if array.size}
-        self._orbax.save(
-            self.folder / str(step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(record)
-            ),
-        )
+        record = make_record(step, with_digests(arrays, leaves), meta, metric)
+        self._storage.write(self.folder / str(step), arrays, record)
         if step not in self.steps():
             raise RuntimeError("the step is not on disk")
         self._prune()

@@ -1,7 +1,10 @@
-"""The leaves of a pytree as named, described and digested host arrays.
+"""The leaves of a pytree as named, described and digested arrays.
 
 What a checkpoint needs to know of a state to give it back bit for bit, and to say by
 name what differs when it cannot.
+
+Part     What one process saves, and digests, of a leaf that several processes have. Its
+         place is written as "0:4,8:16", the range along each axis.
 """
 
 import dataclasses
@@ -12,8 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +26,13 @@ class Leaf:
       shape: Its shape.
       dtype: Name of the dtype of the stored numbers.
       key: The key dtype where the leaf holds typed PRNG keys, else None.
-      sha256: Hex digest of its bytes.
+      sha256: Hex digest of its bytes; or those of its parts, by their places.
     """
 
     shape: tuple[int, ...]
     dtype: str
     key: str | None = None
-    sha256: str = ""
+    sha256: str | dict[str, str] = ""
 
     def form(self) -> str:
         """Returns shape and dtype in words, for messages.
@@ -77,29 +79,70 @@ def describe(template: Any) -> tuple[dict[str, Leaf], tuple[list, Any]]:
     return leaves, (pairs, jax.tree.structure(template))
 
 
-def to_host(state: Any) -> tuple[dict[str, np.ndarray], dict[str, Leaf]]:
-    """Copies every leaf to the host, by name, and describes it but for its digest.
+def to_save(
+    state: Any,
+) -> tuple[dict[str, np.ndarray | jax.Array], dict[str, Leaf]]:
+    """Returns every leaf by name, and describes it but for its digest.
 
-    Leaves that are spread over several processes are whole in each of them afterwards.
+    Leaves of this process alone are copied to the host. Those of several processes stay
+    where they are, so that each can save its parts; nothing is gathered.
     """
     arrays, leaves = {}, {}
     for name, leaf in named_leaves(state):
         key = str(leaf.dtype) if is_key(leaf) else None
         leaf = jax.random.key_data(leaf) if key else leaf
-        if isinstance(leaf, jax.Array) and not (
-            leaf.is_fully_addressable or leaf.is_fully_replicated
-        ):  # parts of it are in other processes
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        # A copy: nothing the caller does can reach what the background still writes.
-        array = np.array(leaf)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            array = cut(leaf) if leaf.is_fully_replicated else leaf
+        else:
+            # A copy: nothing the caller does can reach what is still being written.
+            array = np.array(leaf)
         arrays[name] = array
-        leaves[name] = Leaf(array.shape, str(array.dtype), key)
+        leaves[name] = Leaf(tuple(array.shape), str(array.dtype), key)
     return arrays, leaves
 
 
-def with_digest(leaf: Leaf, array: np.ndarray) -> Leaf:
-    """Returns the description of an array with its digest."""
-    return dataclasses.replace(leaf, sha256=digest(array))
+def cut(leaf: jax.Array) -> jax.Array:
+    """Returns an array that each process has whole as one of which each has a part.
+
+    It stays as it is where no axis can be cut evenly.
+    """
+    by_id = sorted(leaf.sharding.device_set, key=lambda device: -device.id)
+    devices = {device.process_index: device for device in by_id}
+    axes = [n for n, size in enumerate(leaf.shape) if size and not size % len(devices)]
+    if not axes:
+        return leaf
+    mesh = Mesh(np.array([devices[process] for process in sorted(devices)]), ("part",))
+    where = NamedSharding(mesh, PartitionSpec(*[None] * axes[0], "part"))
+    whole = np.asarray(leaf.addressable_data(0))
+    return jax.make_array_from_callback(leaf.shape, where, lambda at: whole[at])
+
+
+def own_digests(array: jax.Array) -> dict[str, str]:
+    """Returns the digests of the parts that this process saves, by their places."""
+    digests = {}
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:  # of equal parts, the one that is saved
+            ranges = [
+                slice(*at.indices(size))
+                for at, size in zip(shard.index, array.shape, strict=True)
+            ]
+            place = ",".join(f"{at.start}:{at.stop}" for at in ranges)
+            digests[place] = digest(np.asarray(shard.data))
+    return digests
+
+
+def agrees(array: np.ndarray, leaf: Leaf) -> bool:
+    """Says whether an array is, to the bit, the one whose digests a leaf has."""
+    if isinstance(leaf.sha256, str):
+        return digest(array) == leaf.sha256
+    seen = 0
+    for place, sha256 in leaf.sha256.items():
+        ranges = [at.split(":") for at in place.split(",")]
+        part = array[tuple(slice(int(start), int(stop)) for start, stop in ranges)]
+        seen += part.size
+        if digest(part) != sha256:
+            return False
+    return seen == array.size
 
 
 def place(array: np.ndarray, leaf: Leaf, like: Any, dtype: str) -> Any:

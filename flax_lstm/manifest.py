@@ -18,10 +18,11 @@ from flax_lstm.config import UserError, read_limited
 from flax_lstm.host_memory import machine_bytes
 from flax_lstm.leaves import Leaf, digest_json
 
-FORMAT = 2
+FORMAT = 3
 """Version of what is written; a newer one is refused, an older one is read.
 
-1 had no configuration in the data of a run, and no place within an epoch.
+1 had no configuration in the data of a run, and no place within an epoch. 2 had one
+digest for each leaf, never one for each of its parts.
 """
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_lstm import manifest
 from flax_lstm.checkpoint import (
@@ -20,6 +21,7 @@ from flax_lstm.checkpoint import (
     Checkpoints,
     CheckpointWarning,
 )
+from flax_lstm.mesh import make_mesh
 
 # Orbax leaves coroutines behind when it meets a damaged file.
 pytestmark = pytest.mark.filterwarnings(
@@ -250,27 +252,48 @@ def test_another_form_is_refused_by_name(tmp_path, change, words):
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "FORMAT", 3)
+        patch.setattr(manifest, "FORMAT", 4)
         save(tmp_path, {1: 0.5})
     with (
         Checkpoints(tmp_path, read_only=True) as checkpoints,
-        pytest.raises(CheckpointMismatchError, match=r"format 3; .*up to 2"),
+        pytest.raises(CheckpointMismatchError, match=r"format 4; .*up to 3"),
     ):
         checkpoints.restore_last(template())
 
 
-def test_restored_leaves_land_where_the_template_says(tmp_path):
-    """Saved from one device, restored over eight, as on another topology."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+TOPOLOGIES = ("data=1", "data=2", "data=4", "data=1,model=2", "data=2,model=2")
+
+
+def state_over(mesh: Mesh) -> dict:
+    """Returns a state as it lies over a mesh: whole, by rows, by columns, by both."""
+    table = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    half = table.astype(ml_dtypes.bfloat16)
+    specs = {
+        "step": ((), np.int32(7)),
+        "whole": ((), table),
+        "rows": (("data",), table),
+        "columns": ((None, "model"), half),
+        "both": (("data", "model"), table),
+    }
+    return {
+        name: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+        for name, (spec, array) in specs.items()
+    }
+
+
+@pytest.mark.parametrize("saved", TOPOLOGIES)
+def test_a_state_over_one_mesh_is_restored_over_any_other(tmp_path, saved):
+    """To the bit, and where the template says."""
+    state = state_over(make_mesh(saved, jax.devices()[:4]))
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"a": jnp.arange(16.0)}, {}, metric=0.0)
-        like = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=spread)
-        got, _ = checkpoints.restore_last({"a": like})
-        assert got["a"].sharding == spread
-        checkpoints.save(2, got, {}, metric=0.0)
-        back, _ = checkpoints.restore_last({"a": jnp.zeros(16)})
-    np.testing.assert_array_equal(back["a"], np.arange(16.0))
+        checkpoints.save(1, state, {})
+        for restored in TOPOLOGIES:
+            like = state_over(make_mesh(restored, jax.devices()[:4]))
+            got, _ = checkpoints.restore_last(like)
+            for name, leaf in got.items():
+                assert leaf.sharding == like[name].sharding
+                assert leaf.dtype == state[name].dtype
+                assert np.asarray(leaf).tobytes() == np.asarray(state[name]).tobytes()
 
 
 FULL_DISK = """

@@ -57,7 +57,8 @@ ARROWS = {
     "data": "config labels text batching partition sources",
     "leaves": "",
     "manifest": "config host_memory leaves",
-    "checkpoint": "config distributed folder leaves manifest",
+    "storage": "config distributed leaves manifest",
+    "checkpoint": "config distributed folder leaves manifest storage",
     "optim": "config",
     "mesh": "config",
     "parallel": "config mesh",
@@ -91,7 +92,7 @@ LIBRARIES = ("torch", "keras", "haiku", "equinox")
 OWNERS = {
     "datasets": {"parquet", "sources", "experiments"},
     "tokenizers": {"text"},
-    "orbax": {"checkpoint", "experiments"},
+    "orbax": {"storage", "experiments"},
     "tyro": {"cli", "commands"},
     "rich": {"bench", "commands", "report", "experiments"},
     # Peers, which are raced and are no dependency.

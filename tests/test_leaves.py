@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_lstm import leaves
 
@@ -33,7 +34,7 @@ def test_the_digest_of_json_is_blind_to_order_only():
 @pytest.mark.parametrize("generator", ["threefry2x32", "rbg", "unsafe_rbg"])
 def test_keys_of_every_generator_come_back_as_they_were(generator):
     key = jax.random.split(jax.random.key(3, impl=generator), 2)
-    arrays, saved = leaves.to_host({"k": key})
+    arrays, saved = leaves.to_save({"k": key})
     wanted, _ = leaves.describe(jax.eval_shape(lambda: {"k": key}))
     assert saved["k"].form() == wanted["k"].form()
     back = leaves.place(arrays["k"], saved["k"], key, saved["k"].dtype)
@@ -44,3 +45,44 @@ def test_keys_of_every_generator_come_back_as_they_were(generator):
 def test_two_leaves_of_one_name_are_refused():
     with pytest.raises(ValueError, match=r"one dotted name.*'a\.b', 'a\.b'"):
         leaves.named_leaves({"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
+
+
+PLACES = {"0:2,0:3": slice(0, 2), "2:4,0:3": slice(2, 4)}
+
+
+def test_an_array_agrees_with_the_digests_of_all_its_parts_alone():
+    array = np.arange(12.0).reshape(4, 3)
+    parts = {place: leaves.digest(array[at]) for place, at in PLACES.items()}
+    leaf = leaves.Leaf(array.shape, "float64", None, parts)
+    assert leaves.agrees(array, leaf)
+    for at in np.ndindex(array.shape):
+        changed = array.copy()
+        changed[at] = np.nextafter(changed[at], np.inf)
+        assert not leaves.agrees(changed, leaf)
+    for place in PLACES:  # a part that nobody digested
+        missing = {other: sha256 for other, sha256 in parts.items() if other != place}
+        leaf = leaves.Leaf(array.shape, "float64", None, missing)
+        assert not leaves.agrees(array, leaf)
+    whole = leaves.Leaf(array.shape, "float64", None, leaves.digest(array))
+    assert leaves.agrees(array, whole)
+    assert not leaves.agrees(array + 1, whole)
+
+
+def test_equal_parts_are_digested_once(mesh_of_four):
+    array = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+    for spec, places in (
+        ((), ["0:4,0:2"]),
+        (("data",), ["0:2,0:2", "2:4,0:2"]),
+        ((None, "model"), ["0:4,0:1", "0:4,1:2"]),
+        (("data", "model"), ["0:2,0:1", "0:2,1:2", "2:4,0:1", "2:4,1:2"]),
+    ):
+        where = NamedSharding(mesh_of_four, PartitionSpec(*spec))
+        digests = leaves.own_digests(jax.device_put(array, where))
+        assert sorted(digests) == places
+        leaf = leaves.Leaf(array.shape, "float32", None, digests)
+        assert leaves.agrees(array, leaf)
+
+
+@pytest.fixture
+def mesh_of_four() -> Mesh:
+    return Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))

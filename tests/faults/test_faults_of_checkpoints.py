@@ -288,10 +288,10 @@ def test_an_older_and_a_newer_format(source, tmp_path, straight_run):
         epoch.pop("skipped", None)
     assert got == want
     for path in newer.rglob("meta/metadata"):
-        rewrite(path, lambda record: record.update(format=3))
+        rewrite(path, lambda record: record.update(format=4))
     refused = train(source, newer, "--resume")
     assert refused.code == 2
-    assert "has format 3; this version reads up to 2" in refused.message()
+    assert "has format 4; this version reads up to 3" in refused.message()
 
 
 def test_another_topology(source, tmp_path):

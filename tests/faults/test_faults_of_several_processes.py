@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from fault_runs import KILL, Ended, at_step, end, run, start
 
-from flax_lstm.checkpoint import Checkpoints
+from flax_lstm.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from flax_lstm.epochs import ARREARS
 from flax_lstm.leaves import digest
 from flax_lstm.run import Run
@@ -154,9 +154,12 @@ def test_units_spread_over_processes_on_cpus_are_refused(source, tmp_path):
     assert all("give data=N alone" in one.err for one in ended)
 
 
+TABLE = np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32)
+
 LEAVES = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 from flax_lstm import distributed
 from flax_lstm.checkpoint import Checkpoints
@@ -164,25 +167,33 @@ from flax_lstm.mesh import make_mesh
 folder, address, number = sys.argv[1:]
 distributed.join(address, int(number), 2)
 mesh = make_mesh("data=2,model=2", jax.devices())
-table = np.arange(32, dtype=np.float32).reshape(8, 4) / 3
-def on(*spec):
+table = np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32)
+def on(*spec, table=table):
     where = NamedSharding(mesh, P(*spec))
     return jax.make_array_from_callback(table.shape, where, lambda at: table[at])
-state = {"local": jnp.asarray(3), "whole": on(), "rows": on("data"),
-         "columns": on(None, "model"), "both": on(("data", "model"))}
+own = table + int(number)
+state = {"local": jnp.asarray(3), "scalar": on(table=table[0, 0]), "whole": on(),
+         "rows": on("data"), "columns": on(None, "model"),
+         "both": on(("data", "model")), "copies differ": on(table=own),
+         "columns differ": on(None, "model", table=own)}
 try:
     np.asarray(state["rows"])
 except RuntimeError as error:
     assert "non-addressable" in str(error)
 else:
     raise AssertionError("a part was taken for the whole")
+gather = multihost_utils.process_allgather
+def of_digests(array, **how):
+    assert array.dtype != np.float32, "a leaf was gathered"
+    return gather(array, **how)
+multihost_utils.process_allgather = of_digests
 with Checkpoints(folder) as checkpoints:
     checkpoints.save(1, state, {})
 """
 
 
 def test_process_local_leaf_in_saved_state(tmp_path):
-    """As leaves spread over processes: whole on disk, with the digest of the whole.
+    """And leaves spread over processes, each of which saves and digests its parts.
 
     JAX refuses to read such a leaf (`np.asarray(global array)`), Orbax to save a local.
     """
@@ -200,17 +211,49 @@ def test_process_local_leaf_in_saved_state(tmp_path):
     ]
     for ended in map(end, children):
         assert ended.code == 0, ended.err
-    table = np.arange(32, dtype=np.float32).reshape(8, 4) / 3
-    like = jax.ShapeDtypeStruct((8, 4), np.float32)
-    template = {name: like for name in ("whole", "rows", "columns", "both")}
+    same = ("whole", "rows", "columns", "both")
+    template = {
+        name: jax.ShapeDtypeStruct(TABLE.shape, np.float32)
+        for name in (*same, "copies differ", "columns differ")
+    }
     template["local"] = jax.ShapeDtypeStruct((), np.int32)
+    template["scalar"] = jax.ShapeDtypeStruct((), np.float32)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:
         state, _ = checkpoints.restore_last(template)
-    assert int(state.pop("local")) == 3
-    for leaf in state.values():
-        np.testing.assert_array_equal(leaf, table)
+    assert (int(state["local"]), float(state["scalar"])) == (3, float(TABLE[0, 0]))
+    for name in same:
+        np.testing.assert_array_equal(state[name], TABLE)
+    # Copies that should be equal and are not: what each wrote, and it verifies.
+    np.testing.assert_array_equal(state["copies differ"][:256], TABLE[:256])
+    np.testing.assert_array_equal(state["copies differ"][256:], TABLE[256:] + 1)
+    np.testing.assert_array_equal(state["columns differ"], TABLE)
     record = json.loads((tmp_path / "1" / "meta" / "metadata").read_text())
-    assert {record["leaves"][name]["sha256"] for name in state} == {digest(table)}
+    digests = {name: leaf["sha256"] for name, leaf in record["leaves"].items()}
+    top, bottom = "0:256,0:64", "256:512,0:64"
+    halves = {top: digest(TABLE[:256]), bottom: digest(TABLE[256:])}
+    assert digests["whole"] == digests["rows"] == halves
+    assert digests["columns"].keys() == {"0:512,0:32", "0:512,32:64"}
+    assert len(digests["both"]) == 4
+    assert digests["scalar"] == digest(TABLE[:1, :1])
+    # Random numbers hardly get smaller: the second process wrote half of four leaves.
+    files = {
+        number: [p for p in tmp_path.glob(f"1/state/*process_{number}/d/*")]
+        for number in range(2)
+    }
+    written = {n: sum(p.stat().st_size for p in files[n]) for n in files}
+    assert 1.7 < written[1] / TABLE.nbytes < 2.1, written
+    assert 3.4 < written[0] / TABLE.nbytes < 4.1, written
+    for number in range(2):  # whoever wrote a bit, it is under a digest
+        path = max(files[number], key=lambda p: p.stat().st_size)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:])
+        with (
+            Checkpoints(tmp_path, read_only=True) as checkpoints,
+            pytest.warns(CheckpointWarning, match="is damaged"),
+            pytest.raises(CheckpointError, match="no intact checkpoint"),
+        ):
+            checkpoints.restore_last(template)
+        path.write_bytes(whole)
 
 
 def test_one_process_speaks_and_writes(two_processes):
