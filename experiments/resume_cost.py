@@ -36,6 +36,7 @@ import orbax.checkpoint as ocp
 from flax_lstm import data, environment, nnx
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import ModelConfig, TrainConfig
+from flax_lstm.host_memory import keep_freed_memory
 from flax_lstm.leaves import to_save
 from flax_lstm.train import (
     init_train_state,
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--interval", type=float, default=20.0, help="seconds of steps")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
+    keep_freed_memory()  # as `flax-lstm train` does; before JAX has threads
     with tempfile.TemporaryDirectory() as work:
         found, sizes = measure(asked.rounds, asked.interval, Path(work))
     facts = environment.describe(tuple(jax.devices()[:1]))

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
@@ -24,7 +24,7 @@ from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config
 from flax_lstm.distributed import several
 from flax_lstm.events import EpochDone, Event, StepDone
-from flax_lstm.folder import write_line
+from flax_lstm.history import History
 from flax_lstm.progress import Progress, merit
 from flax_lstm.startup import Startup
 from flax_lstm.stopping import Stop, Stopped
@@ -45,6 +45,11 @@ ROWS_NAMED = 8
 """Rows of a batch that the message about it names."""
 
 
+def place_of(progress: Progress, history: History) -> dict[str, Any]:
+    """Returns how far a run is, as its checkpoints hold it beside the arrays."""
+    return {"progress": dataclasses.asdict(progress), "history": history.known()}
+
+
 @dataclasses.dataclass
 class Trainer:
     """What the loop needs beside the state that it changes.
@@ -56,7 +61,7 @@ class Trainer:
       batches: Training batches of an epoch.
       program: The compiled steps.
       checkpoints: Where to save.
-      metrics_file: Gets a line for each epoch.
+      history: Gets the record of each epoch.
       on_event: Is told of steps and epochs.
       meta: Saved with each checkpoint beside the progress.
       startup: Is told of every step handed over.
@@ -70,7 +75,7 @@ class Trainer:
     batches: int
     program: Program
     checkpoints: Checkpoints
-    metrics_file: TextIO
+    history: History
     on_event: Callable[[Event], None]
     meta: dict[str, Any]
     startup: Startup
@@ -261,9 +266,9 @@ class Trainer:
             wait_share=tally.waited / tally.seconds,
             skipped=tally.skipped,
         )
-        progress.history.append(dataclasses.asdict(record))
+        # Before the checkpoint that knows of it.
+        self.history.append(dataclasses.asdict(record))
         self._save(state, progress, merit(progress.epoch, accuracy, loss))
-        write_line(self.metrics_file, progress.history[-1])
         self.on_event(record)
 
     def _step(self, progress: Progress) -> int:
@@ -288,7 +293,7 @@ class Trainer:
           NonFiniteLossError: If a parameter is not finite.
         """
         step = self._step(progress)
-        meta = {**self.meta, "progress": dataclasses.asdict(progress)}
+        meta = {**self.meta, **place_of(progress, self.history)}
         if step == self._saved_step:
             if not math.isnan(metric):  # saved before the validation, which is done now
                 self.checkpoints.amend(step, meta, metric=metric)

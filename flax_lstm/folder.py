@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from flax_lstm import distributed
 from flax_lstm.config import UserError, read_limited
@@ -135,12 +135,16 @@ def _held_by(folder: Path, holder: str) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON to a neighbouring file first, so that `path` is never half there."""
+    """Writes JSON; `path` is never half there."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes to a neighbouring file first, so that `path` is never half there."""
     whole = path.with_name(f".{path.name}.tmp")
     whole.unlink(missing_ok=True)
     with open(whole, "x", encoding="utf-8") as file:  # a link is not followed
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     whole.replace(path)
@@ -169,9 +173,3 @@ def unused(parent: Path, name: str) -> Path:
     while (parent / f"{name}-{n}").exists():
         n += 1
     return parent / f"{name}-{n}"
-
-
-def write_line(file: TextIO, value: Any) -> None:
-    """Appends one line of JSON to an open file, at once."""
-    file.write(json.dumps(value, ensure_ascii=False) + "\n")
-    file.flush()

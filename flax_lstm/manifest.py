@@ -22,7 +22,7 @@ FORMAT = 3
 """Version of what is written; a newer one is refused, an older one is read.
 
 1 had no configuration in the data of a run, and no place within an epoch. 2 had one
-digest for each leaf, never one for each of its parts.
+digest for each leaf, never one for each of its parts, and the records of all epochs.
 """
 
 

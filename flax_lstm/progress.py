@@ -64,7 +64,6 @@ class Progress:
       best_epoch: Epoch of the best validation accuracy; None before the first.
       best_accuracy: That accuracy; None likewise.
       best_loss: Its validation loss, which decides between equal accuracies.
-      history: The record of each epoch, as in `metrics.jsonl`.
       tally: The epoch that is under way; its `steps` is the place in the data.
     """
 
@@ -72,15 +71,16 @@ class Progress:
     best_epoch: int | None = None
     best_accuracy: float | None = None
     best_loss: float | None = None
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     tally: Tally = dataclasses.field(default_factory=Tally)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Progress":
         """Returns what `dataclasses.asdict` was given; checks nothing.
 
-        The first format of checkpoints had no tally, being made between epochs alone.
+        The first format of checkpoints had no tally, being made between epochs alone;
+        until the third they held the records of the epochs, which are left out.
         """
+        values = {name: value for name, value in values.items() if name != "history"}
         return cls(**{**values, "tally": Tally(**values.get("tally", {}))})
 
     def note(self, accuracy: float | None, loss: float | None) -> bool:
@@ -99,16 +99,6 @@ class Progress:
         self.best_epoch, self.best_accuracy = self.epoch, accuracy
         self.best_loss = loss
         return True
-
-    def wait_share(self) -> float:
-        """Returns the share of all training time that was spent waiting for input."""
-        seconds = sum(record["seconds"] for record in self.history)
-        waited = sum(one["wait_share"] * one["seconds"] for one in self.history)
-        return waited / seconds if seconds else 0.0
-
-    def skipped(self) -> int:
-        """Returns the steps of all epochs that were skipped."""
-        return sum(record.get("skipped", 0) for record in self.history)
 
     def out_of_patience(self, patience: int | None) -> bool:
         """Says whether `patience` epochs have passed since the best one."""

@@ -12,9 +12,9 @@ need nothing else, `evaluate` reads the data again from where it was.
 'positive'
 """
 
+import contextlib
 import dataclasses
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -28,8 +28,9 @@ from flax_lstm import folder as files
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config, UserError
 from flax_lstm.environment import use_compilation_cache
-from flax_lstm.epochs import Trainer
+from flax_lstm.epochs import Trainer, place_of
 from flax_lstm.events import EpochDone, Event, Finished, RunStarted, StepDone
+from flax_lstm.history import History
 from flax_lstm.host_memory import OutOfMemoryError
 from flax_lstm.mesh import check_mesh, model_over_mesh
 from flax_lstm.model_state import classifier, initial_state, restore, state_template
@@ -202,10 +203,12 @@ def _train(
             ),
             "cast_dtype": cast_dtype,
         }
-        progress = Progress()
+        progress, history = Progress(), History()
         if resume:
             state, meta = checkpoints.restore_last(template, **how)
             progress = Progress.from_dict(meta["progress"])
+            with distributed.together():
+                history = History.read(folder / files.METRICS, meta)
         else:
             state = initial_state(config, init, jax.random.key(config.training.seed))
         distributed.agree(
@@ -235,14 +238,12 @@ def _train(
             )
         )
         began = time.perf_counter()
-        with (
-            open(
-                folder / files.METRICS if first else os.devnull, "w", encoding="utf-8"
-            ) as metrics_file,
-            stop.deferred(),
-        ):
-            for record in progress.history:
-                files.write_line(metrics_file, record)
+        lines = (
+            history.writing(folder / files.METRICS)
+            if first
+            else contextlib.nullcontext()
+        )
+        with lines, stop.deferred():
             trainer = Trainer(
                 config=config,
                 corpus=corpus,
@@ -250,16 +251,14 @@ def _train(
                 batches=batches,
                 program=program,
                 checkpoints=checkpoints,
-                metrics_file=metrics_file,
+                history=history,
                 on_event=on_event,
                 meta=meta,
                 startup=startup,
                 stop=stop,
             )
             if not resume:  # so that there is one to go on from, whatever comes
-                checkpoints.save(
-                    0, state, {**meta, "progress": dataclasses.asdict(progress)}
-                )
+                checkpoints.save(0, state, {**meta, **place_of(progress, history)})
             placed = trainer.run(program.place_state(state), progress)
             checkpoints.wait()
         del placed
@@ -280,8 +279,8 @@ def _train(
             startup_compile_seconds=startup.compile_seconds,
             startup_import_seconds=startup.import_seconds,
             startup_data_seconds=startup.data_seconds,
-            wait_share=progress.wait_share(),
-            skipped_steps=progress.skipped(),
+            wait_share=history.wait_share(),
+            skipped_steps=history.skipped(),
         )
     result = {
         name: value
@@ -297,7 +296,7 @@ def _train(
         config=config,
         tokenizer=corpus.tokenizer,
         label_names=corpus.label_names,
-        metrics={**result, "epochs": progress.history},
+        metrics={**result, "epochs": history.records},
         lengths=lengths,
         params=state.params,
     )

@@ -19,6 +19,7 @@ from flax_lstm.batching import assemble
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config, DataConfig, UserError
 from flax_lstm.environment import check_devices
+from flax_lstm.history import History
 from flax_lstm.model_state import classifier, initial_carry, restore, state_template
 from flax_lstm.settings import (
     check_checkpoint,
@@ -118,7 +119,7 @@ class Run:
             label_names=tuple(summary["label_names"]),
             metrics={
                 **(summary["result"] or {}),
-                "epochs": meta["progress"]["history"],
+                "epochs": History.read(folder / files.METRICS, meta).records,
             },
             lengths=tuple(summary["data"]["bucket_lengths"]),
             params=state.params,

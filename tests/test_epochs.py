@@ -1,6 +1,5 @@
 """Bookkeeping of the loop against NumPy; the loop itself is tested with the runs."""
 
-import io
 import types
 
 import numpy as np
@@ -10,6 +9,7 @@ from flax_lstm import epochs
 from flax_lstm.config import Config
 from flax_lstm.data import Batch
 from flax_lstm.epochs import Trainer
+from flax_lstm.history import History
 from flax_lstm.progress import Progress
 from flax_lstm.startup import Startup
 from flax_lstm.train import TrainState
@@ -71,7 +71,7 @@ def test_the_wait_for_input_is_the_share_of_the_epoch(
             agree=lambda wishes: wishes,
         ),
         checkpoints=nothing,
-        metrics_file=io.StringIO(),
+        history=History(),
         on_event=lambda event: None,
         meta={},
         startup=startup,

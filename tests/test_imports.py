@@ -72,13 +72,15 @@ ARROWS = {
     "host_memory": "",
     "progress": "",
     "stopping": "",
-    "epochs": f"config {WORK} distributed events folder progress startup stopping",
+    "history": "folder",
+    "epochs": f"config {WORK} distributed events history progress startup stopping",
     "settings": "config folder host_memory",
     "model_state": f"{MODULES} checkpoint train",
-    "trained": "batching config data checkpoint environment folder model_state "
-    "settings train",
+    "trained": "batching config data checkpoint environment folder history "
+    "model_state settings train",
     "run": "config data checkpoint distributed environment epochs events folder "
-    "host_memory mesh model_state progress settings startup stopping train trained",
+    "history host_memory mesh model_state progress settings startup stopping train "
+    "trained",
     "bench": f"{CORE} config convert environment host_memory",
     "commands": "bench config distributed environment events report run settings "
     "stopping trained",

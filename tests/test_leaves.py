@@ -68,7 +68,7 @@ def test_an_array_agrees_with_the_digests_of_all_its_parts_alone():
     assert not leaves.agrees(array + 1, whole)
 
 
-def test_equal_parts_are_digested_once(mesh_of_four):
+def test_the_parts_of_every_layout_are_the_whole(mesh_of_four):
     array = np.arange(8.0, dtype=np.float32).reshape(4, 2)
     for spec, places in (
         ((), ["0:4,0:2"]),

@@ -65,16 +65,6 @@ def test_the_lower_loss_decides_between_equal_accuracies():
     assert merit(7, None, None) == 7.0
 
 
-def test_the_wait_of_a_run_is_that_of_its_epochs_together():
-    """Half of one second and none of three: an eighth of four."""
-    history = [
-        {"seconds": 1.0, "wait_share": 0.5},
-        {"seconds": 3.0, "wait_share": 0.0},
-    ]
-    assert Progress(history=history).wait_share() == 0.125
-    assert Progress().wait_share() == 0.0
-
-
 def test_a_skipped_step_counts_as_a_step_and_in_no_mean():
     good = dict(count=4.0, loss=0.5, accuracy=0.75, learning_rate=0.1, grad_norm=1.0)
     good["tokens"] = 9

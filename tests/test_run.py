@@ -15,6 +15,7 @@ from flax_lstm import data, epochs, run
 from flax_lstm import folder as files
 from flax_lstm.config import Config, UserError
 from flax_lstm.events import EpochDone, Finished, RunStarted, StepDone
+from flax_lstm.history import HistoryWarning
 from flax_lstm.train import NonFiniteLossError
 
 pytestmark = [
@@ -108,6 +109,58 @@ def test_resuming_gives_the_bits_of_the_uninterrupted_run(
         assert {n: one[n] for n in exact} == {n: other[n] for n in exact}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_run_that_lost_its_lines_says_so_and_ends_with_the_same_bits(
+    source, tmp_path, straight
+):
+    """The records of two epochs are gone, of which no number depends."""
+    config, folder = make_config(source), tmp_path / "run"
+
+    def interrupt(event):
+        if isinstance(event, EpochDone) and event.epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run.train(config, folder, on_event=interrupt)
+    lost = (folder / "metrics.jsonl").read_bytes()[:-20]
+    (folder / "metrics.jsonl").write_bytes(lost)
+    with pytest.warns(HistoryWarning, match="of epoch 2 knows of"):
+        got = run.train(config, folder, resume=True)
+    assert bits(got.params) == bits(straight({}).params)
+    assert [epoch["epoch"] for epoch in got.metrics["epochs"]] == [3, 4]
+    assert (folder / "metrics-damaged-1").read_bytes() == lost
+    assert run.Run.load(folder).metrics["test"] == got.metrics["test"]
+
+
+def test_a_line_that_no_checkpoint_knows_of_is_written_anew(
+    source, tmp_path, straight, monkeypatch
+):
+    """Ended between the line of the second epoch and its checkpoint."""
+    folder, save = tmp_path / "run", epochs.Trainer._save
+
+    def end(self, state, progress, *metric):
+        if progress.epoch == 2:
+            raise Stop
+        save(self, state, progress, *metric)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(epochs.Trainer, "_save", end)
+        with pytest.raises(Stop):
+            run.train(make_config(source), folder)
+    assert (folder / "metrics.jsonl").read_text().count("\n") == 2
+    got = run.train(make_config(source), folder, resume=True)
+    assert bits(got.params) == bits(straight({}).params)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_does_not_grow_with_the_epochs(trained):
+    """Of the last two epochs: a record of one more would be 500 bytes."""
+    folder = trained[0].folder / "checkpoints"
+    sizes = [p.stat().st_size for p in folder.glob("*/meta/metadata")]
+    assert len(sizes) >= 2
+    assert max(sizes) - min(sizes) < 200  # digits of floating numbers
 
 
 def test_every_epoch_has_an_order_of_its_own(source, tmp_path, monkeypatch):
