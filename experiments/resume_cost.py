@@ -1,6 +1,6 @@
 """What do verified checkpoints cost: to restore, and to the steps beside a save?
 
-    python experiments/resume_cost.py [--rounds 6] [--interval 20]
+    python experiments/resume_cost.py [--interval 5 20 --rounds 16 4]
 
 The state is the classifier's with a large vocabulary: parameters and two slots of
 AdamW, some 200 MB, of random numbers, which take longest to write. Each round measures
@@ -11,10 +11,11 @@ AdamW, some 200 MB, of random numbers, which take longest to write. Each round m
   beside them: all that `flax-lstm train` does for it, the search for numbers that are
   not finite and the deletion of the oldest step included.
 
-Each pair takes turns in going first. The number of steps is chosen so that they take
-`--interval` seconds: saves that far apart are what is measured. Ten minutes, which is
-what `flax-lstm train` leaves between saves, are computed: the same seconds for a save,
-of 600. Give `--interval 600` to measure them; a round takes twenty minutes then.
+Each pair takes turns in going first. As many steps are taken as last for `--interval`
+seconds: saves that far apart are what is measured. Ten minutes, which is what
+`flax-lstm train` leaves between saves, are computed: the seconds that a save takes at
+the first interval, of 600. Give `--interval 600 --rounds 5` to measure them, in 100
+minutes.
 
 Writes results/resume_cost.csv; medians and quartiles, of differences within a round.
 """
@@ -48,6 +49,7 @@ from flax_lstm.train import (
 RESULTS = Path(__file__).parent / "results" / "resume_cost.csv"
 VOCABULARY, ROWS, LENGTH = 32_000, 64, 40
 MODEL = ModelConfig(embedding_size=512)
+RESTORES = ("restore by Orbax", "verified restore", "verifying")
 CALIBRATION = 20
 """Steps that are timed to choose how many take as long as was asked for."""
 
@@ -100,19 +102,23 @@ class Training:
         checkpoints.save(step, plain, {})
 
 
-def measure(rounds: int, interval: float, work: Path) -> tuple[dict, dict[str, Any]]:
-    """Returns (wall, CPU) seconds of every round by what they are of, and the sizes."""
+def measure(
+    intervals: list[float], rounds: list[int], work: Path
+) -> tuple[dict[tuple[str, float], list[np.ndarray]], float]:
+    """Returns the (wall, CPU) seconds of each round, and the MiB of the state.
+
+    They are by what was timed and the interval, which is 0 where there is none.
+    """
     training = Training()
     training.steps(CALIBRATION)
     taken = timed(lambda: training.steps(CALIBRATION))[0] / CALIBRATION
-    count = max(round(interval / taken), 1)
     template = jax.eval_shape(lambda: training.state)
     arrays, _ = to_save(training.state)
     stored = {name: array for name, array in arrays.items() if array.size}
     orbax = ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler())
     )
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[tuple[str, float], list[np.ndarray]] = {}
     with Checkpoints(work / "restored") as checkpoints:
         checkpoints.save(1, training.state, {})
     with (
@@ -127,85 +133,100 @@ def measure(rounds: int, interval: float, work: Path) -> tuple[dict, dict[str, A
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
             )
 
-        def with_save() -> None:
-            seconds["before a save returns"] = timed(
-                lambda: training.save(writer, number)
-            )
-            training.steps(count)
-            writer.wait()
+        def verified() -> None:
+            reader.restore_last(template)
 
-        for number in range(rounds + 1):
-            seconds = in_turn(
-                number,
-                {
-                    "restore by Orbax": by_orbax,
-                    "verified restore": lambda: reader.restore_last(template),
-                },
-            )
-            few = number == 0  # the first one compiles, and reads the disk
-            steps = CALIBRATION if few else count
+        def one_round(number: int, steps: int) -> dict[str, np.ndarray]:
+            handing_over = {}
 
-            def without_save(steps: int = steps) -> None:
+            def with_save() -> None:
+                handing_over["before a save returns"] = timed(
+                    lambda: training.save(writer, number)
+                )
+                training.steps(steps)
+                writer.wait()
+
+            def without() -> None:
                 training.steps(steps)
 
+            restores = {"restore by Orbax": by_orbax, "verified restore": verified}
+            seconds = in_turn(number, restores)
             seconds |= in_turn(
-                number, {"steps": without_save, "steps with a save": with_save}
+                number, {"steps": without, "steps with a save": with_save}
             )
-            seconds["verifying"] = (
-                seconds["verified restore"] - seconds["restore by Orbax"]
-            )
-            seconds["a save"] = seconds["steps with a save"] - seconds["steps"]
-            if not few:
-                for name, value in seconds.items():
-                    found.setdefault(name, []).append(value)
+            seconds |= handing_over
+            pairs = {
+                "verifying": ("verified restore", "restore by Orbax"),
+                "a save": ("steps with a save", "steps"),
+            }
+            return seconds | {
+                name: seconds[more] - seconds[less]
+                for name, (more, less) in pairs.items()
+            }
+
+        one_round(0, CALIBRATION)  # compiles, and reads the disk
+        number = 0
+        for interval, times in zip(intervals, rounds, strict=True):
+            for _ in range(times):
+                number += 1
+                seconds = one_round(number, max(round(interval / taken), 1))
                 print(number, {name: value.round(3) for name, value in seconds.items()})
-    return found, {
-        "state_mib": round(sum(array.nbytes for array in arrays.values()) / 2**20),
-        "steps": count,
-        "rounds": rounds,
-    }
+                for name, value in seconds.items():
+                    of = 0.0 if name in RESTORES else interval
+                    found.setdefault((name, of), []).append(value)
+    return found, sum(array.nbytes for array in arrays.values()) / 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--interval", type=float, default=20.0, help="seconds of steps")
+    parser.add_argument("--interval", type=float, nargs="+", default=[5.0, 20.0])
+    parser.add_argument("--rounds", type=int, nargs="+", default=[16, 4])
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     keep_freed_memory()  # as `flax-lstm train` does; before JAX has threads
     with tempfile.TemporaryDirectory() as work:
-        found, sizes = measure(asked.rounds, asked.interval, Path(work))
+        found, mebibytes = measure(asked.interval, asked.rounds, Path(work))
     facts = environment.describe(tuple(jax.devices()[:1]))
-    provenance = {
-        "device": facts["devices"][0],
-        "jax": facts["packages"]["jax"],
-        "commit": facts["commit"],
-        "date": datetime.date.today().isoformat(),
-    }
     rows = []
 
-    def add(what: str, values: Any, unit: str, cpu: float | None, how: str) -> None:
+    def add(what: str, interval: float, values: Any, unit: str, how: str) -> None:
         p25, p50, p75 = np.percentile(values, [25, 50, 75])
-        middle = {"p25": f"{p25:.3f}", "p50": f"{p50:.3f}", "p75": f"{p75:.3f}"}
-        used = {"p50_cpu_s": "" if cpu is None else f"{cpu:.3f}", "how": how}
-        rows.append({"what": what, "unit": unit, **middle, **used, **sizes})
+        rows.append(
+            {
+                "what": what,
+                "interval_s": f"{interval:g}" if interval else "",
+                "unit": unit,
+                "p25": f"{p25:.3f}",
+                "p50": f"{p50:.3f}",
+                "p75": f"{p75:.3f}",
+                "rounds": len(values),
+                "how": how,
+                "state_mib": f"{mebibytes:.0f}",
+                "device": facts["devices"][0],
+                "jax": facts["packages"]["jax"],
+                "commit": facts["commit"],
+                "date": datetime.date.today().isoformat(),
+            }
+        )
 
-    for name, values in found.items():
+    for (name, interval), values in found.items():
         walls, cpus = np.transpose(values)
-        add(name, walls, "s", float(np.median(cpus)), "measured")
-    cost = np.array(found["a save"])[:, 0]
-    steps = np.array(found["steps"])[:, 0]
-    add(f"saves {asked.interval:g} s apart", 100 * cost / steps, "%", None, "measured")
+        add(name, interval, walls, "s", "measured")
+        add(name, interval, cpus, "s of CPU", "measured")
+    for interval in asked.interval:
+        cost, steps = (
+            np.array(found[name, interval])[:, 0] for name in ("a save", "steps")
+        )
+        add("a save", interval, 100 * cost / steps, "% of the steps", "measured")
     default = 60 * (TrainConfig().save_minutes or math.inf)
-    if default > asked.interval:
-        add(f"saves {default:g} s apart", 100 * cost / default, "%", None, "computed")
+    cost = np.array(found["a save", asked.interval[0]])[:, 0]
+    add("a save", default, 100 * cost / default, "% of the steps", "computed")
     with asked.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *provenance])
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows({**row, **provenance} for row in rows)
-    print(f"{sizes['state_mib']} MiB, {sizes['steps']} steps, {asked.rounds} rounds")
+        writer.writerows(rows)
     for row in rows:
-        print("{what:26} {p25} … {p50} … {p75} {unit}  {how}".format(**row))
+        print("{what:18} {interval_s:>4} {p25} … {p50} … {p75} {unit}".format(**row))
 
 
 if __name__ == "__main__":
