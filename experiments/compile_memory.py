@@ -53,7 +53,7 @@ def rows_of(target: str) -> None:
                     print(json.dumps(row | {"peak_mib": f"{peak / 2**20:.1f}"}))
 
 
-def program(shape: tuple[int, ...], name: str, mode: str, place: Any) -> Any:
+def program(shape: tuple[int, ...], name: Any, mode: str, place: Any) -> Any:
     """Returns a function, and the types of its weights, inputs and lengths."""
     import jax
     import jax.numpy as jnp
@@ -63,7 +63,7 @@ def program(shape: tuple[int, ...], name: str, mode: str, place: Any) -> Any:
     steps, rows, size, hidden = shape
     dtype = jnp.bfloat16
 
-    def like(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
+    def like(*shape: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     def forward(params: Any, x: Any, lengths: Any = None) -> Any:
