@@ -41,6 +41,7 @@ from flax_lstm.commands.terminal import (
     USAGE,
     Screen,
     say,
+    without_echoes,
 )
 from flax_lstm.commands.training import DEMO_TEXTS, train
 from flax_lstm.commands.usage import check_given_once, one_line
@@ -69,9 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     """Runs the command line; says what went wrong."""
-    started = process_start() if argv is None else time.perf_counter()
+    from_shell = argv is None
+    started = process_start() if from_shell else time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    if from_shell and not debug:
+        sys.unraisablehook = without_echoes(sys.unraisablehook)
     for name in ("stdout", "stderr"):  # None where they were closed
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 as they are kept

@@ -5,11 +5,13 @@ import itertools
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 from command_lines import error_of, settings
 
 from flax_lstm import cli
+from flax_lstm.commands.terminal import without_echoes
 from flax_lstm.config import TUTORIAL, Config
 
 
@@ -166,6 +168,15 @@ def test_programs_are_kept_unless_told_otherwise(tmp_path, flags, variables, kep
         env=clean | {name: v.format(tmp_path) for name, v in variables.items()},
     )
     assert done.stdout.strip() == kept.format(tmp_path), done.stderr
+
+
+def test_only_the_echoes_of_a_failed_write_are_left_out():
+    told = []
+    hook = without_echoes(lambda unraisable: told.append(unraisable.exc_value))
+    others = [RuntimeError("dictionary changed"), OSError("Event loop is closed")]
+    for error in (RuntimeError("Event loop is closed"), *others):
+        hook(types.SimpleNamespace(exc_value=error))
+    assert told == others
 
 
 def test_closed_streams_end_in_no_traceback():

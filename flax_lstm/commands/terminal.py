@@ -3,7 +3,9 @@
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -40,3 +42,22 @@ def program() -> str:
 def say(message: str) -> None:
     """Prints a message of the program itself on the standard error."""
     print(f"flax-lstm: {message}", file=sys.stderr)
+
+
+def without_echoes(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Returns a `sys.unraisablehook` that is silent on what was said already.
+
+    Where one of Orbax's writes fails, as on a full disk, it raises that and closes the
+    event loop of the others, each of which then says so from a thread of its own.
+
+    Args:
+      report: Is told of all else.
+    """
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        closed = isinstance(error, RuntimeError)
+        if not (closed and str(error) == "Event loop is closed"):
+            report(unraisable)
+
+    return hook
