@@ -149,10 +149,14 @@ def prediction_text(score: float, label: str, text: str) -> Text:
 def start_lines(event: RunStarted) -> list[str]:
     """Returns what is about to be trained, and on what."""
     data, model = event.config.data, event.config.model
+    devices = [
+        kind if count == 1 else f"{count} x {kind}"
+        for kind, count in collections.Counter(event.devices).items()
+    ]
     lines = [
         *data_lines(data.data, event.data),
         f"Model: {event.parameters:,} parameters, LSTM layers "
-        f"{', '.join(map(str, model.features))}; on {', '.join(event.devices)}",
+        f"{', '.join(map(str, model.features))}; on {', '.join(devices)}",
     ]
     if event.first_batch > 1:
         lines.append(

@@ -97,6 +97,16 @@ def test_what_is_printed_to_try_next_can_be_pasted(demo_run, capsys):
     assert settings(*own[2:]).data.data == "FILE.csv"
 
 
+def test_a_run_on_texts_of_ones_own_is_not_told_how_to_give_them(
+    capsys, trained, tmp_path
+):
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    assert cli.main(["train", "--resume", "--out", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("  flax-lstm evaluate ")
+    assert "FILE.csv" not in out
+
+
 def test_quiet_resuming_takes_the_recorded_settings_and_more_epochs(
     capsys, demo_folder, tmp_path
 ):

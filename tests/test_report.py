@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from flax_lstm import report
-from flax_lstm.events import EpochDone, Finished, StepDone
+from flax_lstm.config import Config
+from flax_lstm.events import EpochDone, Finished, RunStarted, StepDone
 
 NAMES = ("negative", "positive")
 
@@ -181,6 +182,17 @@ def finished(**changes) -> Finished:
     values |= dict(startup_seconds=5.25, startup_compile_seconds=1.96)
     values |= dict(startup_import_seconds=2.04, startup_data_seconds=0.25)
     return Finished(**values | changes)
+
+
+@pytest.mark.parametrize(
+    ("devices", "told"),
+    [(["cpu"], "on cpu"), (["TPU v4"] * 8 + ["TPU v3"], "on 8 x TPU v4, TPU v3")],
+)
+def test_devices_of_one_kind_are_counted(devices, told):
+    event = RunStarted(Path(), Config(), {}, 2, 1, 1_000, tuple(devices), first_epoch=1)
+    assert report.start_lines(event)[-1] == (
+        f"Model: 1,000 parameters, LSTM layers 128, 64; {told}"
+    )
 
 
 def test_the_end_tells_the_start_and_the_wait_for_input():

@@ -74,7 +74,8 @@ def train(command: Train, started: float | None = None) -> None:
         ) from None
     if quiet:
         return
-    if command.settings.data.data == "demo":
+    demo = command.settings.data.data == "demo"
+    if demo:
         show_traces(out, run, DEMO_TEXTS)
     name = program()
     shown_folder = near(run.folder)
@@ -83,11 +84,15 @@ def train(command: Train, started: float | None = None) -> None:
         f"\nThe run is in {shown_folder}. Try:\n"
         f"  {name} predict {folder} 'not at all bad' 'the film was not good'\n"
         f"  {name} trace {folder} 'I expected to hate it, but I love it'\n"
-        f"  {name} evaluate {folder}\n"
-        f"or train on texts of your own, in columns named text and label:\n"
-        f"  {name} train --data FILE.csv",
+        f"  {name} evaluate {folder}",
         markup=False,
     )
+    if demo:
+        out.print(
+            "or train on texts of your own, in columns named text and label:\n"
+            f"  {name} train --data FILE.csv",
+            markup=False,
+        )
 
 
 def keep_output_apart() -> None:
