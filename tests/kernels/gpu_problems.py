@@ -4,6 +4,8 @@ Results are held against NumPy float64 (`reference.py`). The interpreter fills a
 memory that is not written with NaN, and looks for races.
 """
 
+import csv
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 from flax_lstm_kernels import compat, gpu
+from flax_lstm_kernels.gpu.plan import Sizes
 
 # Relative error ‖got - want‖ / ‖want‖ of outputs and gradients. float32: the roundings
 # that other libraries show at T 64; for products of float32, see `whole_float32` of
@@ -116,6 +119,30 @@ def judge(given, got, *, reverse, bars):
     }
     for name, value in gradients.items():
         assert reference.error(value, wanted[name]) < bars[1], name
+
+
+def compiled(kernel):
+    """Returns sizes, plan and bytes of shared memory of what was compiled of a kernel.
+
+    The figures of `kernels/budgets.csv`: with barriers, and in whole KiB.
+    """
+    path = Path(__file__).parents[2] / "kernels" / "budgets.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if kernel in row["kernel"]]
+    assert rows
+    found = []
+    for row in rows:
+        computes = row["kernel"].split()[-1]
+        sizes = Sizes(
+            "backward" if computes == "backward" else "forward",
+            *(int(row[axis]) for axis in "TBH"),
+            jnp.dtype(row["dtype"]).itemsize,
+            keep=computes != "inference",
+        )
+        plan = [field.split("=") for field in row["plan"].split()[1:]]
+        taken = 1024 * int(row["smem_kib"])
+        found.append((sizes, {name: int(value) for name, value in plan}, taken))
+    return found
 
 
 def lowered(shape, dtype, plan=None):

@@ -11,7 +11,7 @@ from flax_lstm_kernels import compat, gpu
 from flax_lstm_kernels.gpu import Plan, single, single_backward
 from flax_lstm_kernels.gpu.common import Slopes
 from flax_lstm_kernels.gpu.plan import SHARED_MEMORY, SPARE, Sizes, choose, single_bytes
-from gpu_problems import BARS, judge, lowered, problem, run
+from gpu_problems import BARS, compiled, judge, lowered, problem, run
 
 from flax_lstm.cell import squash, update
 
@@ -125,6 +125,12 @@ def test_every_batch_has_a_plan_that_fits(which):
             assert plan.stages >= 2
             needed = single_bytes(sizes, plan.rows, plan.stages)
             assert needed <= SHARED_MEMORY - SPARE
+
+
+def test_the_estimate_of_memory_is_what_the_compiler_takes():
+    for sizes, plan, taken in compiled("single"):
+        estimate = single_bytes(sizes, plan["rows"], plan["stages"])
+        assert estimate <= taken <= estimate + SPARE, (sizes, plan)
 
 
 @pytest.mark.parametrize(

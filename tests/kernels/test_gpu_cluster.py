@@ -8,9 +8,6 @@ compiler has seen, and the order in which they may take effect, which
 `test_gpu_cluster_exchange` has in a model.
 """
 
-import csv
-from pathlib import Path
-
 import jax.numpy as jnp
 import pytest
 from flax_lstm_kernels import compat, gpu
@@ -23,7 +20,7 @@ from flax_lstm_kernels.gpu.plan import (
     cluster_bytes,
     plan_cluster,
 )
-from gpu_problems import BARS, judge, lowered, problem, run
+from gpu_problems import BARS, compiled, judge, lowered, problem, run
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
 
@@ -105,20 +102,6 @@ def test_too_many_units_are_refused(largest, itemsize, hidden):
 
 
 def test_the_estimate_of_memory_is_what_the_compiler_takes():
-    """Its figures: kernels/budgets.csv, with barriers and in whole KiB."""
-    path = Path(__file__).parents[2] / "kernels" / "budgets.csv"
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if "cluster" in row["kernel"]]
-    assert rows
-    for row in rows:
-        which = "backward" if row["kernel"].endswith("backward") else "forward"
-        sizes = Sizes(
-            which,
-            int(row["T"]),
-            int(row["B"]),
-            int(row["H"]),
-            jnp.dtype(row["dtype"]).itemsize,
-        )
-        plan = dict(field.split("=") for field in row["plan"].split())
-        estimate = cluster_bytes(sizes, int(plan["rows"]), int(plan["blocks"]))
-        assert estimate <= 1024 * int(row["smem_kib"]) <= estimate + SPARE, row
+    for sizes, plan, taken in compiled("cluster"):
+        estimate = cluster_bytes(sizes, plan["rows"], plan["blocks"])
+        assert estimate <= taken <= estimate + SPARE, (sizes, plan)
