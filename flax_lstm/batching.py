@@ -15,7 +15,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -59,6 +59,18 @@ class PlannedBatch(NamedTuple):
 
     padded_length: int
     rows: Int64[np.ndarray, "n"]
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """Rows as the plan of an epoch sees them."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "R"]:
+        """Number of tokens of each row."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +166,7 @@ def permutation(size: int, *keys: int) -> Int64[np.ndarray, "size"]:
     return np.argsort(stream.random_raw(size), kind="stable")
 
 
-def padded_lengths(examples: Examples, config: DataConfig) -> tuple[int, ...]:
+def padded_lengths(examples: Measured, config: DataConfig) -> tuple[int, ...]:
     """Returns the bucket lengths, rising, that cost the least.
 
     The cost of an epoch is the steps computed, in whole batches with their filler
@@ -196,7 +208,7 @@ def padded_lengths(examples: Examples, config: DataConfig) -> tuple[int, ...]:
 
 
 def batch_plan(
-    examples: Examples,
+    examples: Measured,
     lengths: tuple[int, ...],
     config: DataConfig,
     *,
@@ -250,7 +262,7 @@ def batch_plan(
 
 
 def batch_count(
-    examples: Examples, lengths: tuple[int, ...], config: DataConfig
+    examples: Measured, lengths: tuple[int, ...], config: DataConfig
 ) -> int:
     """Returns the number of batches of a training epoch, the same for every epoch."""
     return len(batch_plan(examples, lengths, config, seed=0, epoch=0))
@@ -283,19 +295,21 @@ def batches(
     plan = batch_plan(
         examples, lengths, config, seed=seed, epoch=epoch, drop_remainder=drop_remainder
     )
+    local = local or slice(0, config.batch_size)
+    left = config.pipeline != "words"
+    for length, rows in left_of(plan, start):
+        yield assemble(
+            examples, rows[local], length, local.stop - local.start, left=left
+        )
+
+
+def left_of(plan: list[PlannedBatch], start: int) -> list[PlannedBatch]:
+    """Returns what is left of an epoch after its first `start` batches."""
     if not 0 <= start <= len(plan):
         raise ValueError(
             f"start must be 0 to {len(plan)}, the batches of this epoch; got {start}."
         )
-    local = local or slice(0, config.batch_size)
-    for length, rows in plan[start:]:
-        yield assemble(
-            examples,
-            rows[local],
-            length,
-            local.stop - local.start,
-            left=config.pipeline != "words",
-        )
+    return plan[start:]
 
 
 def assemble(

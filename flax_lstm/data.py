@@ -1,12 +1,13 @@
 """From a text source to encoded, split and batched examples: the one entry is `load`.
 
-sources.py reads rows, labels.py finds the two classes, text.py turns words into ids,
-batching.py makes the batches; their public names are here too.
+sources.py reads rows, labels.py finds the two classes, partition.py splits, text.py and
+encoding.py turn words into ids, batching.py makes the batches; their public names are
+here too. sharing.py says what each does of it where several processes train one run.
 """
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,30 @@ import numpy as np
 from flax_lstm.batching import (
     Batch,
     Examples,
+    Measured,
     PlannedBatch,
     batch_count,
     batch_plan,
     batches,
+    left_of,
     padded_lengths,
     prefetch,
 )
 from flax_lstm.config import DataConfig, UserError
-from flax_lstm.labels import Classes, classes_named, find_classes, to_numbers
+from flax_lstm.encoding import (
+    encode_all,
+    encode_parts,
+    identities,
+    not_empty,
+    truncate,
+    with_lengths,
+)
+from flax_lstm.labels import Classes, classes_named, find_classes, tally, to_numbers
 from flax_lstm.partition import PARTS, LabelledRows, shared_groups, split
+from flax_lstm.shared_rows import SharedRows, fed_batches, feed
+from flax_lstm.sharing import ALONE, Share, share_of_this_process
 from flax_lstm.sources import Rows, Source, read
-from flax_lstm.text import Encoded, TextTokenizer, fit
+from flax_lstm.text import Encoded, TextTokenizer
 
 __all__ = [
     "Batch",
@@ -33,14 +46,19 @@ __all__ = [
     "Encoded",
     "Examples",
     "PlannedBatch",
+    "SharedRows",
     "TextTokenizer",
     "batch_count",
     "batch_plan",
     "batches",
+    "fed_batches",
+    "feed",
+    "left_of",
     "load",
     "load_all",
     "padded_lengths",
     "prefetch",
+    "share_of_this_process",
 ]
 
 
@@ -49,12 +67,14 @@ class Corpus:
     """Everything that training and testing need to know about the data.
 
     Attributes:
-      parts: Encoded rows of "train", "validation" and "test".
+      parts: Encoded rows of "train", "validation" and "test"; none where several
+        processes share them.
       texts: The raw text of every row of `parts`.
       tokenizer: The fitted pipeline.
       label_names: Negative and positive class as the source names them.
       bucket_lengths: Padded lengths, chosen on the training part.
       summary: Counts for a person to look at, and to keep with the run (plain JSON).
+      shared: The parts where several processes share them, else none.
     """
 
     parts: dict[str, Examples]
@@ -63,10 +83,20 @@ class Corpus:
     label_names: tuple[str, str]
     bucket_lengths: tuple[int, ...]
     summary: dict[str, Any]
+    shared: dict[str, SharedRows] = dataclasses.field(default_factory=dict)
+
+    @property
+    def measured(self) -> Mapping[str, Measured]:
+        """The parts as the plan of an epoch sees them, shared or not."""
+        return self.shared or self.parts
 
 
 def load(
-    config: DataConfig, seed: int, tokenizer: TextTokenizer | None = None
+    config: DataConfig,
+    seed: int,
+    tokenizer: TextTokenizer | None = None,
+    *,
+    share: Share = ALONE,
 ) -> Corpus:
     """Reads, splits and encodes a source.
 
@@ -77,34 +107,57 @@ def load(
       config: Source, columns, fractions, pipeline.
       seed: Seed of the split.
       tokenizer: Encodes with this one instead of fitting one, to evaluate a run.
+      share: Which stretch of the rows this process reads and encodes; all when it is
+        alone. Else all processes must call this, and what is counted is counted over
+        all: only the ids of the rows lie apart.
 
     Raises:
       UserError: If the data cannot be read or cannot be used as they are.
     """
-    _check(config)
-    source, other = read(config.data, config), None
+    with share.together():
+        _check(config)
+    source, other = read(config.data, config, share), None
     parts = dict(source.parts)
     if config.test_data is not None:
-        other = read(config.test_data, config)
+        other = read(config.test_data, config, share)
         parts["test"] = _only_part(other)
     parts = {name: parts[name] for name in PARTS if name in parts}
-    classes, numbers = _numbers(parts)
-    counted = {n: LabelledRows(rows, numbers[n]) for n, rows in parts.items()}
+    share.agree(parts=list(parts))
+    classes, counted = _labelled(parts, share)
     if config.pipeline == "tutorial":
-        encoded, tokenizer = _encode_all(counted, config, tokenizer)
-        picked = split(counted, config, seed, _not_empty(encoded))
-        examples = {n: encoded[p].take(rows) for n, (p, rows) in picked.items()}
+        encoded, tokenizer = encode_all(counted, config, tokenizer, share)
+        picked = split(counted, config, seed, not_empty(encoded, share))
+        examples = {}
+        for name, (origin, rows) in picked.items():
+            part = counted[origin]
+            mine = rows[part.held(rows)] - part.starts[part.process]
+            examples[name] = encoded[origin].take(mine)
     else:
         picked = split(counted, config, seed, None)
-        examples, tokenizer = _encode_parts(counted, picked, config, tokenizer)
-    texts = {n: counted[p].texts(rows) for n, (p, rows) in picked.items()}
-    cut = {n: int(np.sum(e.lengths > config.max_length)) for n, e in examples.items()}
-    examples = {
-        name: _truncate(e, config.max_length).check_ids(tokenizer.vocabulary_size)
-        for name, e in examples.items()
-    }
-    _check_words(examples["train"], tokenizer, config)
-    lengths = padded_lengths(examples["train"], config)
+        examples, tokenizer = encode_parts(counted, picked, config, tokenizer, share)
+    with share.together():
+        texts = {
+            name: counted[origin].texts(rows[counted[origin].held(rows)])
+            for name, (origin, rows) in picked.items()
+        }
+        most = config.max_length
+        longer = {n: int(np.sum(e.lengths > most)) for n, e in examples.items()}
+        examples = {
+            name: truncate(e, most).check_ids(tokenizer.vocabulary_size)
+            for name, e in examples.items()
+        }
+        unknown = {n: tokenizer.count_unknown(e.tokens) for n, e in examples.items()}
+    cut, unknown = (_add_up(share.gather(counts)) for counts in (longer, unknown))
+    shared = {}
+    if not share.whole:
+        shared = {
+            name: with_lengths(examples[name], counted[origin], rows, share)
+            for name, (origin, rows) in picked.items()
+        }
+    measured: Mapping[str, Examples | SharedRows] = shared or examples
+    names = {n: identities(t, share) for n, t in texts.items()}
+    _check_words(measured["train"], unknown["train"], config)
+    lengths = padded_lengths(measured["train"], config)
     summary = {
         "source": {"description": source.description, "sha256": source.sha256},
         "test_source": other
@@ -115,16 +168,18 @@ def load(
             "positive": classes.names[1],
             "rule": classes.rule,
         },
-        **_counts(examples, texts, tokenizer, classes.names),
+        **_counts(measured, names, unknown, classes.names),
         "truncated": cut,
         "dropped_empty": sum(map(len, counted.values()))
-        - sum(len(e) for e in examples.values()),
+        - sum(len(e) for e in measured.values()),
         "groups_in_several_parts": shared_groups(counted, picked),
         "vocabulary_size": tokenizer.vocabulary_size,
         "tokenizer": tokenizer.fingerprint(),
         "bucket_lengths": list(lengths),
     }
-    return Corpus(examples, texts, tokenizer, classes.names, lengths, summary)
+    if shared:
+        examples, texts = {}, {}
+    return Corpus(examples, texts, tokenizer, classes.names, lengths, summary, shared)
 
 
 def load_all(
@@ -149,12 +204,13 @@ def load_all(
     ids, offsets = tokenizer.encode_flat(rows.texts, tokenizer.max_length)
     examples = Examples(ids, offsets, labels)
     cut = int(np.sum(examples.lengths > tokenizer.max_length))
-    examples = _truncate(examples, tokenizer.max_length)
+    examples = truncate(examples, tokenizer.max_length)
     examples.check_ids(tokenizer.vocabulary_size)
     texts = list(rows.texts)
+    unknown = {"test": tokenizer.count_unknown(examples.tokens)}
     summary = {
         "source": {"description": source.description, "sha256": source.sha256},
-        **_counts({"test": examples}, {"test": texts}, tokenizer, label_names),
+        **_counts({"test": examples}, {"test": texts}, unknown, label_names),
         "truncated": {"test": cut},
     }
     return examples, texts, summary
@@ -186,109 +242,59 @@ def _only_part(source: Source) -> Rows:
     return source.parts["train"]
 
 
-def _numbers(parts: dict[str, Rows]) -> tuple[Classes, dict[str, np.ndarray]]:
+def _labelled(
+    parts: dict[str, Rows], share: Share
+) -> tuple[Classes, dict[str, LabelledRows]]:
     """Finds the classes over all parts, and 0 or 1 for every row."""
-    labels = [label for rows in parts.values() for label in rows.labels]
-    where = _Joined([rows.where for rows in parts.values()])
-    classes = find_classes(labels, where)
-    numbers = {
-        n: to_numbers(rows.labels, rows.where, classes) for n, rows in parts.items()
-    }
-    if len(np.unique(numbers["train"])) < 2:
+    with share.together():
+        tallies = {n: tally(rows.labels, rows.where) for n, rows in parts.items()}
+    said = share.gather(tallies)
+    with share.together():
+        classes = find_classes(of[name] for name in parts for of in said)
+        numbers = {
+            n: to_numbers(rows.labels, rows.where, classes) for n, rows in parts.items()
+        }
+    counted = {}
+    for name, rows in parts.items():
+        labels = share.arrays(numbers[name])
+        if rows.groups is not None:
+            groups = [g for of in share.gather(list(rows.groups)) for g in of]
+            rows = dataclasses.replace(rows, groups=groups)
+        starts = np.cumsum([0, *map(len, labels[:-1])]).tolist()
+        counted[name] = LabelledRows(
+            rows, np.concatenate(labels), tuple(starts), share.process
+        )
+    if len(np.unique(counted["train"].labels)) < 2:
         raise UserError(
             "the training part has one class only; it needs rows of both "
             f"{classes.names[0]!r} and {classes.names[1]!r}."
         )
-    return classes, numbers
+    return classes, counted
 
 
-def _check_words(train: Examples, tokenizer: TextTokenizer, config: DataConfig) -> None:
+def _check_words(train: Measured, unknown: int, config: DataConfig) -> None:
     """Raises UserError where there is nothing to read in the training part."""
-    if not len(train.tokens):
+    tokens = int(train.lengths.sum())
+    if not tokens:
         raise UserError(
             "no text of the training part has a word in it; is it the right "
             "--text-column?"
         )
-    if tokenizer.unknown_share(train.tokens) == 1:
+    if unknown == tokens:
         raise UserError(
             f"no word occurs {config.min_count} times in the training part, so every "
             "word is an unknown one; lower --min-count, or give more data."
         )
 
 
-class _Joined(Sequence):
-    """Sequences end to end, without copying their items."""
-
-    def __init__(self, sequences: Sequence[Sequence[str]]):
-        self._sequences = sequences
-
-    def __len__(self) -> int:
-        return sum(map(len, self._sequences))
-
-    def __getitem__(self, row):
-        for sequence in self._sequences:
-            if row < len(sequence):
-                return sequence[row]
-            row -= len(sequence)
-        raise IndexError(row)
-
-
-def _encode_all(
-    counted: dict[str, LabelledRows],
-    config: DataConfig,
-    tokenizer: TextTokenizer | None,
-) -> tuple[dict[str, Examples], TextTokenizer]:
-    """Encodes every row before the split, with the vocabulary of all of them."""
-    texts = [text for part in counted.values() for text in part.rows.texts]
-    labels = np.concatenate([part.labels for part in counted.values()])
-    if tokenizer is None:
-        tokenizer, ids, offsets = fit(texts, config)
-    else:
-        ids, offsets = tokenizer.encode_flat(texts, config.max_length)
-    together = Examples(ids, offsets, labels)
-    ends = np.cumsum([len(part) for part in counted.values()])
-    return {
-        name: together.take(np.arange(end - len(part), end))
-        for (name, part), end in zip(counted.items(), ends, strict=True)
-    }, tokenizer
-
-
-def _not_empty(encoded: dict[str, Examples]) -> dict[str, np.ndarray]:
-    return {name: np.flatnonzero(rows.lengths) for name, rows in encoded.items()}
-
-
-def _encode_parts(
-    counted: dict[str, LabelledRows],
-    picked: dict[str, tuple[str, np.ndarray]],
-    config: DataConfig,
-    tokenizer: TextTokenizer | None,
-) -> tuple[dict[str, Examples], TextTokenizer]:
-    """Encodes the parts of the split, with the vocabulary of the training part."""
-    examples = {}
-    for name, (origin, rows) in picked.items():
-        part = counted[origin]
-        texts = part.texts(rows)
-        if tokenizer is None:
-            tokenizer, ids, offsets = fit(texts, config)
-        else:
-            ids, offsets = tokenizer.encode_flat(texts, config.max_length)
-        examples[name] = Examples(ids, offsets, part.labels[rows])
-    assert tokenizer is not None  # the training part is first
-    return examples, tokenizer
-
-
-def _truncate(examples: Examples, max_length: int) -> Examples:
-    lengths = np.minimum(examples.lengths, max_length)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    shift = np.repeat(examples.offsets[:-1] - offsets[:-1], lengths)
-    tokens = examples.tokens[np.arange(offsets[-1]) + shift]
-    return Examples(tokens, offsets, examples.labels)
+def _add_up(counts: list[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(of[name] for of in counts) for name in counts[0]}
 
 
 def _counts(
-    examples: dict[str, Examples],
-    texts: dict[str, list[str]],
-    tokenizer: TextTokenizer,
+    examples: Mapping[str, Examples | SharedRows],
+    texts: Mapping[str, Sequence[Hashable]],
+    unknown: dict[str, int],
     names: tuple[str, str],
 ) -> dict[str, Any]:
     """Returns what the parts hold, and which texts they share."""
@@ -296,13 +302,14 @@ def _counts(
     parts_with = Counter(text for rows in distinct.values() for text in rows)
     names_of_parts = list(texts)
     positive = {name: int(e.labels.sum()) for name, e in examples.items()}
+    tokens = {name: int(e.lengths.sum()) for name, e in examples.items()}
     return {
         "rows": {name: len(e) for name, e in examples.items()},
         "classes": {
             name: {names[0]: len(e) - positive[name], names[1]: positive[name]}
             for name, e in examples.items()
         },
-        "tokens": {name: len(e.tokens) for name, e in examples.items()},
+        "tokens": tokens,
         "longest": {
             name: int(max(e.lengths, default=0)) for name, e in examples.items()
         },
@@ -310,7 +317,8 @@ def _counts(
             name: int(np.sum(e.lengths == 0)) for name, e in examples.items()
         },
         "unknown_share": {
-            name: tokenizer.unknown_share(e.tokens) for name, e in examples.items()
+            name: unknown[name] / count if count else 0.0
+            for name, count in tokens.items()
         },
         "distinct_texts": {name: len(rows) for name, rows in distinct.items()},
         "texts_in_several_parts": sum(n > 1 for n in parts_with.values()),

@@ -8,6 +8,7 @@ that one of them cannot go on. Only process 0 writes and speaks.
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import re
@@ -15,12 +16,15 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int32
 
 from flax_lstm.config import UserError
 from flax_lstm.rollcall import roll_call
@@ -126,19 +130,71 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def place() -> tuple[int, int]:
+    """Returns the number of this process, and how many there are."""
+    return jax.process_index(), jax.process_count()
+
+
+def gather_bytes(said: bytes) -> list[bytes]:
+    """Returns the bytes of every process, by its number. All must call it."""
+    if not several():
+        return [said]
+    mine = np.frombuffer(said, np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array(mine.size)))
+    padded = np.zeros(_width(sizes), np.uint8)
+    padded[: mine.size] = mine
+    all_said = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:size].tobytes() for row, size in zip(all_said, sizes, strict=True)]
+
+
 def gather(value: Any) -> list[Any]:
     """Returns the plain JSON data of every process, by its number. All must call it."""
     if not several():
         return [value]
-    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array(said.size)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: said.size] = said
-    all_said = np.asarray(multihost_utils.process_allgather(padded))
-    return [
-        json.loads(row[:size].tobytes())
-        for row, size in zip(all_said, sizes, strict=True)
-    ]
+    return [json.loads(said) for said in gather_bytes(json.dumps(value).encode())]
+
+
+def exchange(given: Sequence[Int32[np.ndarray, "_"]]) -> list[Int32[np.ndarray, "_"]]:
+    """Gives process k the k-th of some arrays; returns what each gives to this one.
+
+    All must call it. What goes to others is not held here: each device gets what is for
+    its process.
+    """
+    if not several():
+        return list(given)
+    process, count = place()
+    sizes = np.array(gather([len(one) for one in given]))
+    width = _width(sizes)
+    padded = np.zeros((1, count, width), np.int32)
+    for k, one in enumerate(given):
+        padded[0, k, : len(one)] = one
+    swap, where = _swap()
+    sent = jax.make_array_from_process_local_data(where, padded, (count, count, width))
+    got = np.asarray(swap(sent).addressable_data(0))
+    return [got[k, 0, : sizes[k, process]] for k in range(count)]
+
+
+def _width(sizes: np.ndarray) -> int:
+    """Returns a width for all: an eighth more at the most, so that few are compiled."""
+    most = max(int(sizes.max()), 1024)
+    unit = 1 << (most.bit_length() - 4)
+    return -(-most // unit) * unit
+
+
+@functools.cache  # compiled once for each width
+def _swap() -> tuple[Callable, NamedSharding]:
+    """Returns what swaps the first two axes over processes, and where they lie."""
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    by_process = np.array(devices).reshape(jax.process_count(), -1)
+    mesh = Mesh(by_process, ("process", "device"))
+    rows, columns = PartitionSpec("process"), PartitionSpec(None, "process")
+    swap = jax.shard_map(
+        lambda x: lax.all_to_all(x, "process", split_axis=1, concat_axis=0, tiled=True),
+        mesh=mesh,
+        in_specs=rows,
+        out_specs=columns,
+    )
+    return jax.jit(swap), NamedSharding(mesh, rows)
 
 
 def from_first(value: Any) -> Any:
@@ -200,7 +256,7 @@ def together() -> Iterator[None]:
     failed = {n: said for n, said in enumerate(gather(None)) if said is not None}
     if failed:
         number, said = next(iter(failed.items()))
-        raise UserError(f"process {number} of {jax.process_count()}: {said}")
+        raise UserError(f"process {number} of {place()[1]}: {said}")
 
 
 def barrier(name: str) -> None:

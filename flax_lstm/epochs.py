@@ -24,6 +24,7 @@ from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config
 from flax_lstm.distributed import several
 from flax_lstm.events import EpochDone, Event, StepDone
+from flax_lstm.feeding import Feed
 from flax_lstm.history import History
 from flax_lstm.progress import Progress, merit
 from flax_lstm.startup import Startup
@@ -87,6 +88,8 @@ class Trainer:
         self._saved_step = -1
         self._tokens = 0
         self._agreed: tuple[int, ...] = (0, 0)
+        local = self.program.local_rows(self.config.data.batch_size)
+        self._feed = Feed(self.corpus, self.lengths, self.config.data, local)
 
     def run(self, state: Any, progress: Progress) -> Any:
         """Trains until the last epoch or until patience is out; returns the state.
@@ -118,17 +121,10 @@ class Trainer:
         Raises:
           Stopped: If `stop` was asked; nothing was changed.
         """
-        examples = self.corpus.parts.get(part)
+        examples = self.corpus.measured.get(part)
         if examples is None or not len(examples):
             return None
-        source = data.batches(
-            examples,
-            self.lengths,
-            self.config.data,
-            seed=0,
-            epoch=None,
-            local=self.program.local_rows(self.config.data.batch_size),
-        )
+        source = self._feed.batches(part, seed=0, epoch=None)
         placed = data.prefetch(source, place=self.program.place_batch)
         carry = reset_carry(state).carry
         with contextlib.closing(placed):
@@ -150,17 +146,15 @@ class Trainer:
         """Trains what is left of an epoch; counts in the tally of `progress`."""
         tally = progress.tally
         pending: collections.deque[Any] = collections.deque()
-        source = data.batches(
-            self.corpus.parts["train"],
-            self.lengths,
-            self.config.data,
+        last = self.clock()
+        source = self._feed.batches(
+            "train",
             seed=self.config.training.seed,
             epoch=progress.epoch + 1,
             start=tally.steps,
-            local=self.program.local_rows(self.config.data.batch_size),
         )
+        tally.waited += self.clock() - last  # for rows that another process holds
         prefetched = data.prefetch(source, place=self.program.place_batch)
-        last = self.clock()
 
         def read(left: int) -> None:
             nonlocal last
@@ -324,7 +318,7 @@ class Trainer:
     def _rows(self, progress: Progress) -> str:
         """Returns in words which texts were in the batch that was read last."""
         plan = data.batch_plan(
-            self.corpus.parts["train"],
+            self.corpus.measured["train"],
             self.lengths,
             self.config.data,
             seed=self.config.training.seed,

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,40 @@ _FORMS = {
 """What a file is that begins with these bytes, and what to do about it."""
 
 
-def decode(content: bytes, path: Path) -> str:
+def none() -> int:
+    """Returns 0: nothing comes before."""
+    return 0
+
+
+def decode(
+    content: bytes, path: Path, start: int = 0, lines: Callable[[], int] = none
+) -> str:
     """Decodes UTF-8, with or without a byte order mark.
+
+    Args:
+      content: Of the file, from `start` on.
+      path: For messages.
+      start: Bytes that come before.
+      lines: Returns the lines that come before; asked for a message only.
 
     Raises:
       UserError: If the bytes are not UTF-8; names the file and the first wrong byte.
     """
+    if not start:
+        check_form(content, path)
+    try:
+        return content.decode("utf-8" if start else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1 + lines()
+        raise UserError(
+            f"{path} is not UTF-8: byte {start + error.start}, in line {line}, is "
+            f"0x{error.object[error.start]:02x}. Convert the file, for example with "
+            "`iconv -f LATIN1 -t UTF-8`."
+        ) from error
+
+
+def check_form(content: bytes, path: Path) -> None:
+    """Raises UserError where a file begins as something else than text does."""
     for start, form in _FORMS.items():
         if content.startswith(start):
             raise UserError(f"{path} is {form}; expected UTF-8 text.")
@@ -43,19 +72,10 @@ def decode(content: bytes, path: Path) -> str:
             f"{path} begins with a NUL byte as UTF-16 does; expected UTF-8 text. "
             "Convert it, as by `iconv -f UTF-16LE -t UTF-8`."
         )
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path} is not UTF-8: byte {error.start}, in line {line}, is "
-            f"0x{error.object[error.start]:02x}. Convert the file, for example with "
-            "`iconv -f LATIN1 -t UTF-8`."
-        ) from error
 
 
 def parse_csv(
-    content: bytes, path: Path, tabs: bool
+    content: bytes, path: Path, tabs: bool, lines: Callable[[], int] = none
 ) -> tuple[dict[str, list[Any]], list[int], str]:
     """Returns the columns as text, and the line in which each row ends.
 
@@ -63,12 +83,14 @@ def parse_csv(
       content: UTF-8, already found to be so; with or without a byte order mark.
       path: For messages.
       tabs: Whether tabs separate the fields.
+      lines: Returns the lines left out between the header and the rest; asked for a
+        message only, and not in what is returned.
     """
     limit = csv.field_size_limit(sys.maxsize)
     # Decoded anew piece by piece: a StringIO holds four bytes for each character.
-    lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
-    reader = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
-    began = 1
+    text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
+    reader = csv.reader(text, delimiter="\t" if tabs else ",", strict=True)
+    began, before = 1, none
     try:
         header = [name.strip() for name in next(reader)]
         repeated = sorted({name for name in header if header.count(name) > 1 and name})
@@ -77,12 +99,13 @@ def parse_csv(
                 f"{path} has more than one column {repeated[0]!r}; rename them so that "
                 "each name occurs once."
             )
-        records, ends = [], []
+        records, ends, before = [], [], lines
         began = reader.line_num + 1
         for record in reader:
             if record and len(record) != len(header):
                 raise UserError(
-                    f"line {reader.line_num} of {path} has {len(record)} fields and "
+                    f"line {before() + reader.line_num} of {path} has {len(record)} "
+                    f"fields and "
                     f"the header has {len(header)} ({', '.join(header)}); quote texts "
                     "that hold the separator."
                 )
@@ -92,8 +115,8 @@ def parse_csv(
             began = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"the row that begins in line {began} of {path} does not parse, up to line "
-            f"{reader.line_num}: {error}. Is a quote left open?"
+            f"the row that begins in line {before() + began} of {path} does not parse, "
+            f"up to line {before() + reader.line_num}: {error}. Is a quote left open?"
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -102,11 +125,26 @@ def parse_csv(
     return columns, ends, "line"
 
 
-def parse_json(text: str, path: Path) -> tuple[dict[str, list[Any]], list[int], str]:
-    """Returns the columns of an array of objects, or of one object per line."""
+def is_array(text: str) -> bool:
+    """Says whether a json file is an array, which has no lines of its own."""
+    return text.lstrip().startswith("[")
+
+
+def parse_json(
+    text: str, path: Path, lines: Callable[[], int] = none, *, part: bool = False
+) -> tuple[dict[str, list[Any]], list[int], str]:
+    """Returns the columns of an array of objects, or of one object per line.
+
+    Args:
+      text: The array, or lines.
+      path: For messages.
+      lines: Returns the lines that come before; asked for a message only, and not in
+        what is returned.
+      part: Whether `text` is some of the lines, of which there may be none.
+    """
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     records: list[tuple[int, Any]] = []
-    line, array = 1, text.lstrip().startswith("[")
+    line, array = 1, is_array(text) and not part
     unit = "row" if array else "line"
     try:
         if array:
@@ -117,31 +155,31 @@ def parse_json(text: str, path: Path) -> tuple[dict[str, list[Any]], list[int], 
                     records.append((line, decoder.decode(content)))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"line {line + error.lineno - 1} of {path} is not JSON: {error.msg} "
-            f"(column {error.colno}). Expected an array of objects, or one object per "
-            "line."
+            f"line {lines() + line + error.lineno - 1} of {path} is not JSON: "
+            f"{error.msg} (column {error.colno}). Expected an array of objects, or one "
+            "object per line."
         ) from error
     except (ValueError, RecursionError) as error:  # a key twice, digits, nesting
-        where = f"{path}" if array else f"line {line} of {path}"
+        where = f"{path}" if array else f"line {lines() + line} of {path}"
         raise UserError(f"{where} cannot be used: {error}.") from error
     names: dict[str, None] = {}
     escapes = "\\ud" in text or "\\uD" in text  # no lone surrogate without one
     for number, record in records:
         if not isinstance(record, dict):
             raise UserError(
-                f"{unit} {number} of {path} is {shown(record)}; expected an object "
-                'such as {"text": "...", "label": 1}.'
+                f"{unit} {lines() + number} of {path} is {shown(record)}; expected an "
+                'object such as {"text": "...", "label": 1}.'
             )
         names.update(dict.fromkeys(record))
         if len(names) > MOST_NAMES:
             raise UserError(
                 f"{path} has more than {MOST_NAMES} different keys, the last of them "
-                f"{shown(list(names)[-1])} in {unit} {number}; expected objects with "
-                'the same keys, such as {"text": "...", "label": 1}.'
+                f"{shown(list(names)[-1])} in {unit} {lines() + number}; expected "
+                'objects with the same keys, such as {"text": "...", "label": 1}.'
             )
         if escapes:
-            _check_characters(record, f"{unit} {number} of {path}")
-    if not records:
+            _check_characters(record, unit, number, path, lines)
+    if not records and not part:
         raise UserError(f"no rows in {path}; nothing to learn from.")
     columns = {name: [r.get(name) for _, r in records] for name in names}
     return columns, [number for number, _ in records], unit
@@ -157,12 +195,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_characters(record: dict[str, Any], where: str) -> None:
+def _check_characters(
+    record: dict[str, Any], unit: str, number: int, path: Path, lines: Callable
+) -> None:
     for name, value in record.items():
         try:
             f"{name} {value}".encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{where} has half a surrogate pair in {name!a:.40}, which is no "
-                "character. Correct the row or remove it."
+                f"{unit} {lines() + number} of {path} has half a surrogate pair in "
+                f"{name!a:.40}, which is no character. Correct the row or remove it."
             ) from error

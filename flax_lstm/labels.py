@@ -1,7 +1,8 @@
 """Two classes out of whatever a source calls its labels: numbers, booleans, words."""
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -91,19 +92,17 @@ def key_of(label: object, where: str) -> str:
     )
 
 
-def find_classes(labels: Sequence[object], where: Sequence[str]) -> Classes:
-    """Finds the two classes, and which of them is the positive one.
+def tally(labels: Sequence[object], where: Sequence[str]) -> dict[str, list]:
+    """Returns each class as it was first written, where that was, and its rows.
 
-    A number: the larger is positive. Words: a known one (positive, bullish, true,
-    yes, good ...) is positive, a known opposite is negative; otherwise the second in
-    the alphabet is positive.
+    Plain JSON: keys in the form in which labels are compared, in order of appearance.
 
     Args:
       labels: Raw label of every row.
       where: Name of every row for messages, such as "row 3 of FILE".
 
     Raises:
-      UserError: If a label is in no known form, or there are not exactly two classes.
+      UserError: If a label is in no known form.
     """
     seen: dict[str, tuple[str, int]] = {}
     counts: dict[str, int] = {}
@@ -116,6 +115,28 @@ def find_classes(labels: Sequence[object], where: Sequence[str]) -> Classes:
             cache[known] = key
             seen.setdefault(key, (str(label).strip(), row))
         counts[key] = counts.get(key, 0) + 1
+    return {key: [name, where[row], counts[key]] for key, (name, row) in seen.items()}
+
+
+def find_classes(tallies: Iterable[dict[str, list]]) -> Classes:
+    """Finds the two classes, and which of them is the positive one.
+
+    A number: the larger is positive. Words: a known one (positive, bullish, true,
+    yes, good ...) is positive, a known opposite is negative; otherwise the second in
+    the alphabet is positive.
+
+    Args:
+      tallies: From `tally`, of stretches of rows one after the other.
+
+    Raises:
+      UserError: If there are not exactly two classes.
+    """
+    seen: dict[str, tuple[str, str]] = {}
+    counts: Counter[str] = Counter()
+    for found in tallies:
+        for key, (name, place, count) in found.items():
+            seen.setdefault(key, (name, place))
+            counts[key] += count
     keys = list(seen)
     numbers = [key for key in keys if _WHOLE.fullmatch(key)]
     words = [key for key in keys if key not in numbers]
@@ -123,15 +144,15 @@ def find_classes(labels: Sequence[object], where: Sequence[str]) -> Classes:
         odd, usual = sorted(
             (numbers, words), key=lambda group: sum(counts[key] for key in group)
         )
-        name, row = seen[odd[0]]
+        name, place = seen[odd[0]]
         raise UserError(
-            f"{where[row]} has the unknown label {shown(name)}; other rows have "
+            f"{place} has the unknown label {shown(name)}; other rows have "
             f"{', '.join(shown(seen[key][0]) for key in usual[:3])}. Labels are two "
             "numbers or two words; correct the row or remove it."
         )
     if len(keys) != 2:
         found = ", ".join(
-            f"{shown(seen[key][0])} ({counts[key]} rows, first {where[seen[key][1]]})"
+            f"{shown(seen[key][0])} ({counts[key]} rows, first {seen[key][1]})"
             for key in keys[:5]
         )
         more = ", ..." if len(keys) > 5 else ""

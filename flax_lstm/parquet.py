@@ -10,10 +10,11 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax_lstm.config import UserError
 from flax_lstm.host_memory import machine_bytes
+from flax_lstm.sharing import Share
 
 ROW_BYTES = 150
 """What a row takes at the least as Python objects: a string, a label, two places."""
@@ -27,17 +28,10 @@ def read_parquet(path: Path) -> Any:
     """
     import datasets
     import pyarrow.dataset
-    import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            form = file.metadata
-        groups = [form.row_group(n) for n in range(form.num_row_groups)]
-        unpacked = sum(group.total_byte_size for group in groups)
-    except Exception as error:  # pyarrow's errors share no base class
-        raise _damaged(path, error) from error
-    if not form.num_rows:
-        raise UserError(f"no rows in {path}; nothing to learn from.")
+    form = _form(path)
+    groups = [form.row_group(n) for n in range(form.num_row_groups)]
+    unpacked = sum(group.total_byte_size for group in groups)
     check_memory(path, unpacked + ROW_BYTES * form.num_rows)
     verified = pyarrow.dataset.ParquetFragmentScanOptions(
         page_checksum_verification=True
@@ -50,8 +44,76 @@ def read_parquet(path: Path) -> Any:
                 keep_in_memory=True,
                 fragment_scan_options=verified,
             )
-    except Exception as error:  # nor do they share one with those of datasets
+    except Exception as error:  # its errors share no base class with pyarrow's
         raise _damaged(path, error.__cause__ or error) from error
+
+
+class Part(NamedTuple):
+    """Some consecutive rows of a Parquet file.
+
+    Attributes:
+      dataset: The rows, as a `datasets.Dataset`.
+      first: Place of the first of them in the file, from 0.
+      start: The first byte of the row groups that hold them.
+      stop: Where these groups end.
+    """
+
+    dataset: Any
+    first: int
+    start: int
+    stop: int
+
+
+def read_parquet_part(path: Path, share: Share) -> Part:
+    """Returns the rows of a Parquet file that are this process'.
+
+    Rows are unpacked by whole groups, and those that are another's are dropped.
+
+    Raises:
+      UserError: As `read_parquet`.
+    """
+    import datasets.table
+    import pyarrow.parquet
+
+    form = _form(path)
+    mine, end, needed = share.stretch(form.num_rows), 0, []
+    first = stop = 0
+    start = path.stat().st_size
+    for number in range(form.num_row_groups):
+        group = form.row_group(number)
+        begin, end = end, end + group.num_rows
+        if end <= mine.start or begin >= mine.stop:
+            continue
+        first = first if needed else begin
+        needed.append(number)
+        for column in map(group.column, range(group.num_columns)):
+            place = column.dictionary_page_offset or column.data_page_offset
+            start = min(start, place)
+            stop = max(stop, place + column.total_compressed_size)
+    unpacked = sum(form.row_group(n).total_byte_size for n in needed)
+    check_memory(path, unpacked + ROW_BYTES * (mine.stop - mine.start))
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read_row_groups(needed)
+            table = table.slice(mine.start - first, mine.stop - mine.start)
+            dataset = datasets.Dataset(datasets.table.InMemoryTable(table))
+    except Exception as error:  # its errors share no base class with pyarrow's
+        raise _damaged(path, error) from error
+    return Part(dataset, mine.start, min(start, stop), stop)
+
+
+def _form(path: Path) -> Any:
+    """Returns what a Parquet file says that it holds."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            form = file.metadata
+    except Exception as error:  # pyarrow's errors share no base class
+        raise _damaged(path, error) from error
+    if not form.num_rows:
+        raise UserError(f"no rows in {path}; nothing to learn from.")
+    return form
 
 
 def check_memory(path: Path, size: int) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from flax_lstm.batching import permutation
+from flax_lstm.columns import Rows
 from flax_lstm.config import DataConfig, UserError
-from flax_lstm.sources import Rows
 
 PARTS = ("train", "validation", "test")
 SPLIT_KEY = 7
@@ -18,17 +18,43 @@ SPLIT_KEY = 7
 
 @dataclasses.dataclass(frozen=True)
 class LabelledRows:
-    """Rows of one part after reading, with their labels as numbers."""
+    """Rows of one part after reading, with their labels as numbers.
+
+    Where several processes share the reading, `rows` has the texts of the stretch that
+    this one read, and labels and groups are those of all rows.
+
+    Attributes:
+      rows: What was read.
+      labels: 0 or 1 for each row.
+      starts: The first row that each process read, by its number.
+      process: Number of this process.
+    """
 
     rows: Rows
     labels: Float32[np.ndarray, "R"]
+    starts: tuple[int, ...] = (0,)
+    process: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def read(self) -> Int64[np.ndarray, "n"]:
+        """The rows that this process read."""
+        return self.starts[self.process] + np.arange(len(self.rows.texts))
+
+    def holders(self, rows: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """Returns the number of the process that read each of the given rows."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def held(self, rows: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "held"]:
+        """Returns at which places among the given rows are those read here."""
+        return np.flatnonzero(self.holders(rows) == self.process)
+
     def texts(self, rows: Int64[np.ndarray, "n"]) -> list[str]:
-        """Returns the texts of the given rows."""
-        return [self.rows.texts[int(row)] for row in rows]
+        """Returns the texts of the given rows, which were read here."""
+        first = self.starts[self.process]
+        return [self.rows.texts[int(row) - first] for row in rows]
 
     def groups(self, rows: Int64[np.ndarray, "n"]) -> list[str] | None:
         """Returns the groups of the given rows, if the source has groups."""

@@ -166,8 +166,9 @@ def _train(
     startup: Startup,
 ) -> Run:
     """Trains with the folder's lock held."""
-    with distributed.together(), startup.loading():
-        corpus = data.load(config.data, config.training.seed)
+    share = data.share_of_this_process()
+    with startup.loading():
+        corpus = data.load(config.data, config.training.seed, share=share)
     distributed.agree(data=corpus.summary)
     first = distributed.is_first()
     with Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
@@ -178,7 +179,7 @@ def _train(
             if resume:
                 check_same_data(recorded["data"], corpus.summary, folder)
         lengths = corpus.bucket_lengths
-        batches = data.batch_count(corpus.parts["train"], lengths, config.data)
+        batches = data.batch_count(corpus.measured["train"], lengths, config.data)
         check_steps(config, batches)
         model = model_over_mesh(config.model, config.training.mesh)
         init, apply = classifier(model, corpus.tokenizer.vocabulary_size)

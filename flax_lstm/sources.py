@@ -9,41 +9,30 @@ import dataclasses
 import difflib
 import hashlib
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flax_lstm import demo_corpus
+from flax_lstm.columns import Rows, Where, chosen, rows_of
 from flax_lstm.config import DataConfig, UserError
 from flax_lstm.formats import decode, parse_csv, parse_json
-from flax_lstm.labels import shown
-from flax_lstm.parquet import check_memory, quiet_datasets, read_parquet
+from flax_lstm.parquet import (
+    check_memory,
+    quiet_datasets,
+    read_parquet,
+    read_parquet_part,
+)
+from flax_lstm.shared_files import read_stretch
+from flax_lstm.sharing import ALONE, Share
+from flax_lstm.stretches import common_digest, read_errors
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-TEXT_NAMES = ("text", "review", "sentence", "message", "content", "comment", "tweet")
-LABEL_NAMES = ("label", "labels", "sentiment", "target", "class", "polarity")
 PART_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Texts, raw labels and groups of one part, in the order of the source.
-
-    `where[i]` names row i for messages.
-    """
-
-    texts: Sequence[str]
-    labels: Sequence[object]
-    groups: Sequence[str] | None
-    where: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,49 +45,49 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-class Where(Sequence):
-    """Names rows as "row 3 of FILE" when asked, without holding a million strings."""
-
-    def __init__(self, origin: str, size: int, unit: str = "row", numbers=None):
-        self._origin, self._size = origin, size
-        self._unit, self._numbers = unit, numbers
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, row):
-        number = row + 1 if self._numbers is None else self._numbers[row]
-        return f"{self._unit} {number} of {self._origin}"
-
-
-def read(name: str, config: DataConfig) -> Source:
+def read(name: str, config: DataConfig, share: Share = ALONE) -> Source:
     """Reads `demo`, a file, a folder in aclImdb form, or a Hugging Face dataset.
 
     Args:
       name: What to read; a path if one exists under this name.
       config: Names of the columns.
+      share: Which stretch of the rows of each part to read; all when alone. Else all
+        processes must call this.
 
     Raises:
       UserError: If it cannot be found, cannot be read, or lacks what is needed.
     """
     path = Path(name).expanduser()
-    if name == "demo":
-        source = _read_demo(config)
-    elif path.is_dir():
-        source = _read_folder(path, config)
-    elif path.is_file():
-        source = _read_file(path, config)
-    elif _HUB_NAME.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
-        source = _read_hub(name, config)
+    with share.together():
+        kind = _kind(name, path)
+    share.agree(data_is=kind)
+    if kind == "demo":
+        source = _read_demo(config, share)
+    elif kind == "folder":
+        source = _read_folder(path, config, share)
+    elif kind == "file":
+        source = _read_file(path, config, share)
     else:
-        raise UserError(
-            f"no file or folder {name}{_neighbours(path)}. Expected `demo`, a "
-            f"{', '.join(SUFFIXES)} file, a folder with train/pos and train/neg, or "
-            "the name of a Hugging Face dataset (owner/name)."
-        )
-    if not any(len(rows) for rows in source.parts.values()):
+        source = _read_hub(name, config, share)
+    if not sum(share.gather(sum(map(len, source.parts.values())))):
         raise UserError(f"no rows in {source.description}; nothing to learn from.")
     return source
+
+
+def _kind(name: str, path: Path) -> str:
+    if name == "demo":
+        return "demo"
+    if path.is_dir():
+        return "folder"
+    if path.is_file():
+        return "file"
+    if _HUB_NAME.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
+        return "dataset of the Hub"
+    raise UserError(
+        f"no file or folder {name}{_neighbours(path)}. Expected `demo`, a "
+        f"{', '.join(SUFFIXES)} file, a folder with train/pos and train/neg, or "
+        "the name of a Hugging Face dataset (owner/name)."
+    )
 
 
 def _neighbours(path: Path) -> str:
@@ -112,41 +101,55 @@ def _neighbours(path: Path) -> str:
     return f"; {path.parent} has {', '.join(like)}{more}" if like else ""
 
 
-def _read_demo(config: DataConfig) -> Source:
-    if config.group_column:
-        raise UserError("the demo corpus has no columns; leave out --group-column.")
+def _read_demo(config: DataConfig, share: Share) -> Source:
+    with share.together():
+        if config.group_column:
+            raise UserError("the demo corpus has no columns; leave out --group-column.")
     found = demo_corpus.sentences()
     texts = [sentence.text for sentence in found]
-    rows = Rows(
-        texts,
-        ["positive" if sentence.label else "negative" for sentence in found],
-        None,
-        Where("the demo corpus", len(found)),
-    )
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    mine = share.stretch(len(found))
+    rows = Rows(
+        texts[mine],
+        ["positive" if sentence.label else "negative" for sentence in found[mine]],
+        None,
+        Where("the demo corpus", range(1, len(found) + 1)[mine]),
+    )
     return Source({"train": rows}, "the demo corpus (generated)", digest)
 
 
-def _read_file(path: Path, config: DataConfig) -> Source:
+def _read_file(path: Path, config: DataConfig, share: Share) -> Source:
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(
-            f"{path} has the type {suffix or '(none)'!r}; expected one of "
-            f"{', '.join(SUFFIXES)}. Convert it, or rename it to what it is."
-        )
-    try:
-        check_memory(path, path.stat().st_size)
-        if suffix == ".parquet":
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            rows = _rows_of_dataset(read_parquet(path), str(path), config)
-        else:
-            content = path.read_bytes()
-            digest = hashlib.sha256(content).hexdigest()
-            rows = _rows_of_text(content, path, config)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    with share.together():
+        if suffix not in SUFFIXES:
+            raise UserError(
+                f"{path} has the type {suffix or '(none)'!r}; expected one of "
+                f"{', '.join(SUFFIXES)}. Convert it, or rename it to what it is."
+            )
+    if share.whole:
+        with read_errors(path):
+            rows, digest = _read_whole_file(path, config)
+    elif suffix == ".parquet":
+        with share.together(), read_errors(path):
+            part = read_parquet_part(path, share)
+            rows = _rows_of_dataset(part.dataset, str(path), config, part.first)
+        digest = common_digest(path, part.start, part.stop, share, gaps=True)
+    else:
+        columns, where, digest = read_stretch(path, share)
+        with share.together():
+            rows = rows_of(columns, where, str(path), config)
     return Source({"train": rows}, str(path), digest)
+
+
+def _read_whole_file(path: Path, config: DataConfig) -> tuple[Rows, str]:
+    """Returns the rows of a file, and its SHA-256."""
+    check_memory(path, path.stat().st_size)
+    if path.suffix.lower() == ".parquet":
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return _rows_of_dataset(read_parquet(path), str(path), config), digest
+    content = path.read_bytes()
+    return _rows_of_text(content, path, config), hashlib.sha256(content).hexdigest()
 
 
 def _rows_of_text(content: bytes, path: Path, config: DataConfig) -> Rows:
@@ -159,21 +162,40 @@ def _rows_of_text(content: bytes, path: Path, config: DataConfig) -> Rows:
     else:
         del text  # parsed from the bytes, with a hundred MB less at a time
         columns, numbers, unit = parse_csv(content, path, suffix == ".tsv")
-    where = Where(str(path), len(numbers), unit, numbers)
-    return _rows(columns, where, str(path), config)
+    return rows_of(columns, Where(str(path), numbers, unit), str(path), config)
 
 
-def _read_folder(path: Path, config: DataConfig) -> Source:
+def _read_folder(path: Path, config: DataConfig, share: Share) -> Source:
     """Reads `train/pos`, `train/neg`, and `test/` or `validation/` the same."""
-    if config.group_column:
-        raise UserError(f"the folder {path} has no columns; leave out --group-column.")
-    parts, digest = {}, hashlib.sha256()
+    with share.together(), read_errors(path):
+        if config.group_column:
+            raise UserError(
+                f"the folder {path} has no columns; leave out --group-column."
+            )
+        listed = _files_of_folder(path)
+    share.agree(files={part: len(files) for part, files in listed.items()})
+    parts, mine = {}, hashlib.sha256()
+    with share.together():
+        for part, files in listed.items():
+            own = files[share.stretch(len(files))]
+            texts = [decode(_digested(file, path, mine), file) for file, _ in own]
+            labels = [label for _, label in own]
+            parts[part] = Rows(texts, labels, None, [str(file) for file, _ in own])
+    digest = mine.hexdigest()
+    if not share.whole:
+        digest = _digest_of_folder(path, listed, share, digest)
+    return Source(parts, str(path), digest)
+
+
+def _files_of_folder(path: Path) -> dict[str, list[tuple[Path, str]]]:
+    """Returns the files of each part, and their labels."""
+    parts = {}
     for part, folder in [("train", path / "train"), ("test", path / "test")]:
         if part == "train" and not folder.is_dir() and (path / "pos").is_dir():
             folder = path
         if part == "test" and not folder.is_dir():
             continue
-        texts, labels, names = [], [], []
+        parts[part] = []
         for label in ("neg", "pos"):
             if not (folder / label).is_dir():
                 raise UserError(
@@ -181,40 +203,72 @@ def _read_folder(path: Path, config: DataConfig) -> Source:
                     f"{path}/train/neg (and test/ the same) with one text per .txt "
                     "file."
                 )
-            for file in sorted((folder / label).glob("*.txt")):
-                try:
-                    content = file.read_bytes()
-                except OSError as error:
-                    raise UserError(f"cannot read {file}: {error}") from error
-                digest.update(f"{file.relative_to(path)}\0{len(content)}\0".encode())
-                digest.update(content)
-                texts.append(decode(content, file))
-                labels.append(label)
-                names.append(str(file))
-        parts[part] = Rows(texts, labels, None, names)
-    return Source(parts, str(path), digest.hexdigest())
+            files = sorted((folder / label).glob("*.txt"))
+            parts[part] += [(file, label) for file in files]
+    return parts
 
 
-def _read_hub(name: str, config: DataConfig) -> Source:
+def _digested(file: Path, folder: Path, *digests: Any) -> bytes:
+    """Reads a file of a folder; its name and content go into the digests."""
+    with read_errors(file):
+        content = file.read_bytes()
+    for digest in digests:
+        digest.update(f"{file.relative_to(folder)}\0{len(content)}\0".encode())
+        digest.update(content)
+    return content
+
+
+def _digest_of_folder(
+    path: Path, listed: dict[str, list[tuple[Path, str]]], share: Share, mine: str
+) -> str:
+    """Returns the SHA-256 of all files; see `stretches.common_digest`."""
+    said, whole = share.gather(mine), hashlib.sha256()
+    with share.together():
+        if share.process == 0:
+            of_all = [hashlib.sha256() for _ in said]
+            for files in listed.values():
+                for process, digest in enumerate(of_all):
+                    for file, _ in files[
+                        Share(process, share.count).stretch(len(files))
+                    ]:
+                        _digested(file, path, whole, digest)
+            for process, digest in enumerate(of_all):
+                if digest.hexdigest() != said[process]:
+                    raise UserError(
+                        f"process {process} differs from process 0 in the files of "
+                        f"{path}. Give all processes the same data."
+                    )
+    return share.gather(whole.hexdigest())[0]
+
+
+def _read_hub(name: str, config: DataConfig, share: Share) -> Source:
     import datasets
 
-    try:
-        with quiet_datasets(progress=True):
-            found: Any = datasets.load_dataset(name)
-    except Exception as error:  # network, HTTP, missing name, unknown configuration ...
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{name!r} is no file or folder here, and cannot be read as a Hugging Face "
-            f"dataset: {lines[0]} Check the path or the name, and the network."
-        ) from error
+    with share.together():
+        try:
+            with quiet_datasets(progress=share.process == 0):
+                found: Any = datasets.load_dataset(name)
+        except Exception as error:  # network, HTTP, missing name, unknown configuration
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"{name!r} is no file or folder here, and cannot be read as a Hugging "
+                f"Face dataset: {lines[0]} Check the path or the name, and the network."
+            ) from error
+    share.agree(parts={split: len(found[split]) for split in sorted(found)})
     parts, notes = {}, []
     for part, known in PART_NAMES.items():
         for split in known:
             if split not in found or part in parts:
                 continue
             origin = f"{name} ({split})"
-            rows = _rows_of_dataset(found[split], origin, config)
-            if rows.labels and all(label in (None, -1) for label in rows.labels):
+            with share.together():
+                mine = share.stretch(len(found[split]))
+                some = found[split]
+                if not share.whole:
+                    some = some.select(range(mine.start, mine.stop))
+                rows = _rows_of_dataset(some, origin, config, mine.start)
+                without = all(label in (None, -1) for label in rows.labels)
+            if len(found[split]) and all(share.gather(without)):
                 notes.append(f"{origin} has no labels and is not used")
             else:
                 parts[part] = rows
@@ -228,9 +282,11 @@ def _read_hub(name: str, config: DataConfig) -> Source:
     return Source(parts, f"Hugging Face dataset {name}", digest, tuple(notes))
 
 
-def _rows_of_dataset(dataset: Any, origin: str, config: DataConfig) -> Rows:
+def _rows_of_dataset(
+    dataset: Any, origin: str, config: DataConfig, first: int = 0
+) -> Rows:
     """Takes the columns out of a `datasets.Dataset`, classes by their names."""
-    wanted = _chosen(dataset.column_names, origin, config)
+    wanted = chosen(dataset.column_names, origin, config)
     columns = {}
     for name in filter(None, wanted):
         try:
@@ -244,77 +300,5 @@ def _rows_of_dataset(dataset: Any, origin: str, config: DataConfig) -> Rows:
         columns[wanted[1]] = [
             names[v] if isinstance(v, int) and v >= 0 else v for v in columns[wanted[1]]
         ]
-    return _rows(columns, Where(origin, len(dataset)), origin, config)
-
-
-def _chosen(
-    names: Sequence[str], origin: str, config: DataConfig
-) -> tuple[str, str, str | None]:
-    """Returns the columns of the text, of the label and of the group."""
-    text = _column(names, config.text_column, TEXT_NAMES, origin, "text")
-    label = _column(names, config.label_column, LABEL_NAMES, origin, "label")
-    if text == label:
-        raise UserError(f"{origin}: text and label are both column {text!r}.")
-    group = config.group_column
-    if group is not None:
-        group = _column(names, group, (), origin, "group")
-    return text, label, group
-
-
-def _column(
-    names: Sequence[str],
-    given: str | None,
-    usual: Sequence[str],
-    origin: str,
-    role: str,
-) -> str:
-    columns = f"columns are {', '.join(map(repr, names))}"
-    if given is not None:
-        if given in names:
-            return given
-        raise UserError(
-            f"{origin} has no column {given!r}; {columns}. Correct --{role}-column."
-        )
-    found = [name for name in names if name.strip().lower() in usual]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(
-            f"{origin} has several columns that could be the {role}: "
-            f"{', '.join(map(repr, found))}. Choose one with --{role}-column."
-        )
-    advice = f"Choose one with --{role}-column."
-    for mark in ";\t|":
-        if len(names) == 1 and mark in names[0]:
-            advice = (
-                f"Are its fields separated by {mark!r}? Expected commas, or tabs in a "
-                ".tsv file."
-            )
-    raise UserError(
-        f"{origin} has no column for the {role}: none is called "
-        f"{', '.join(usual)}; {columns}. {advice}"
-    )
-
-
-def _rows(
-    columns: dict[str, list[Any]],
-    where: Sequence[str],
-    origin: str,
-    config: DataConfig,
-) -> Rows:
-    text, label, group = _chosen(list(columns), origin, config)
-    for row, value in enumerate(columns[text]):
-        if not isinstance(value, str):
-            raise UserError(
-                f"{where[row]} has {shown(value)} for a text in column {text!r}; "
-                "expected a string. Correct the row or remove it."
-            )
-    groups = None
-    if group is not None:
-        for row, value in enumerate(columns[group]):
-            if value is None or value == "":
-                raise UserError(
-                    f"{where[row]} has no value in the group column {group!r}."
-                )
-        groups = [str(value) for value in columns[group]]
-    return Rows(columns[text], columns[label], groups, where)
+    numbers = range(first + 1, first + 1 + len(dataset))
+    return rows_of(columns, Where(origin, numbers), origin, config)

@@ -24,6 +24,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from flax_lstm.config import DataConfig, UserError, read_limited
+from flax_lstm.sharing import ALONE, Share
+from flax_lstm.word_counts import WordCounts, add_up, count
 
 if TYPE_CHECKING:  # imported where used, so that training runs without it
     import tokenizers
@@ -156,9 +158,13 @@ class TextTokenizer:
                 return cut, encoding
             size *= 4
 
-    def unknown_share(self, ids: Int32[np.ndarray, "N"]) -> float:
-        """Returns the share of the unknown word; 0 where such words are skipped."""
-        return float(np.mean(ids == self._unknown_id)) if len(ids) else 0.0
+    def ids(self) -> dict[str, int]:
+        """Returns the id of every word."""
+        return self._tokenizer.get_vocab()
+
+    def count_unknown(self, ids: Int32[np.ndarray, "N"]) -> int:
+        """Counts the unknown word; 0 where such words are skipped."""
+        return int(np.count_nonzero(ids == self._unknown_id))
 
     def save(self, path: str | Path) -> None:
         """Writes `tokenizer.json`, the maximum length as its truncation."""
@@ -201,20 +207,53 @@ class TextTokenizer:
 
 
 def fit(
-    texts: Sequence[str], config: DataConfig
+    texts: Sequence[str],
+    config: DataConfig,
+    *,
+    share: Share = ALONE,
+    rows: Int64[np.ndarray, "texts"] | None = None,
 ) -> tuple[TextTokenizer, Int32[np.ndarray, "N"], Int64[np.ndarray, "ends"]]:
     """Builds the vocabulary from `texts` and encodes them with it.
 
     `words` counts the tokens that are kept of each text, `tutorial` counts all of
     them and keeps every word.
 
+    Args:
+      texts: The texts, or the stretch of them that is this process'.
+      config: The pipeline and the bounds of its vocabulary.
+      share: Who has the other texts. Their counts are added up, so that the vocabulary
+        is that of all texts; all must call this.
+      rows: The place of each text among all of them; their order when None.
+
     Returns:
       The tokenizer, and the ids and offsets as of `TextTokenizer.encode_flat`, the
       rows not yet cut to `max_length`.
     """
+    with share.together():
+        found, raw, offsets = _encode_with_every_word(texts, config)
+        bound = None if config.pipeline == "tutorial" else config.max_length
+        mine = count(found, raw, offsets, bound, rows)
+    counted = [mine]
+    if not share.whole:
+        said = share.gather(mine.to_json())
+        counted = [WordCounts.from_json(*one) for one in said]
+    with share.together():
+        tokenizer = _build(add_up(counted), config)
+        new = tokenizer.ids()
+        unknown = new[UNKNOWN]
+        table = [new.get(word, unknown) for word in [*found, UNKNOWN]]
+        return tokenizer, np.array(table, np.int32)[raw], offsets
+
+
+def _encode_with_every_word(
+    texts: Sequence[str], config: DataConfig
+) -> tuple[list[str], Int32[np.ndarray, "N"], Int64[np.ndarray, "ends"]]:
+    """Returns all words of some texts, and their ids in that list, as `encode_flat`.
+
+    The id behind the last one is that of a word through which a long text was cut.
+    """
     from tokenizers import Tokenizer, models, trainers
 
-    tutorial = config.pipeline == "tutorial"
     every = Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
     _set_pipeline(every, config.pipeline)
     # First all words, in any order: ids to count with, at compiled speed.
@@ -228,30 +267,27 @@ def fit(
     vocabulary[UNKNOWN] = len(found)
     every.model = models.WordLevel(vocabulary, unk_token=UNKNOWN)
     counter = TextTokenizer(every, config.pipeline, config.max_length, rules={})
-    limit = None if tutorial else config.max_length
-    raw, offsets = counter.encode_flat(texts, limit)
+    limit = None if config.pipeline == "tutorial" else config.max_length
+    return found, *counter.encode_flat(texts, limit)
 
-    counted = raw
-    if not tutorial:
-        position = np.arange(len(raw)) - np.repeat(offsets[:-1], np.diff(offsets))
-        counted = raw[position < config.max_length]
-    counted = counted[counted < len(found)]
-    count = np.bincount(counted, minlength=len(found))
-    first = np.full(len(found), len(counted))
-    np.minimum.at(first, counted, np.arange(len(counted)))
-    order = np.lexsort((first, -count))
+
+def _build(counted: WordCounts, config: DataConfig) -> TextTokenizer:
+    """Builds the tokenizer of the words that occur often enough."""
+    from tokenizers import Tokenizer, models
+
+    words, counts, first = counted
+    tutorial = config.pipeline == "tutorial"
+    order = np.lexsort((first, -counts))
     least = 1 if tutorial else max(1, config.min_count)
-    order = order[count[order] >= least]
+    order = order[counts[order] >= least]
     if tutorial:
-        names = [PAD, *(found[i] for i in order), UNKNOWN]
+        names = [PAD, *(words[i] for i in order), UNKNOWN]
     else:
-        names = [PAD, UNKNOWN, *(found[i] for i in order[: config.vocabulary_size])]
+        names = [PAD, UNKNOWN, *(words[i] for i in order[: config.vocabulary_size])]
     new = {word: i for i, word in enumerate(names)}
     final = Tokenizer(models.WordLevel(new, unk_token=UNKNOWN))
     _set_pipeline(final, config.pipeline)
-    table = [new.get(word, new[UNKNOWN]) for word in [*found, UNKNOWN]]
-    tokenizer = TextTokenizer(final, config.pipeline, config.max_length)
-    return tokenizer, np.array(table, np.int32)[raw], offsets
+    return TextTokenizer(final, config.pipeline, config.max_length)
 
 
 def _set_pipeline(tokenizer: "tokenizers.Tokenizer", pipeline: str) -> None:

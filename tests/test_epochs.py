@@ -61,7 +61,7 @@ def test_the_wait_for_input_is_the_share_of_the_epoch(
     nothing = types.SimpleNamespace(poll=lambda: None)
     trainer = Trainer(
         config=Config(),
-        corpus=types.SimpleNamespace(parts={"train": None}),
+        corpus=types.SimpleNamespace(parts={"train": None}, shared={}),
         lengths=(3,),
         batches=batches,
         program=types.SimpleNamespace(

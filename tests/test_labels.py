@@ -3,7 +3,7 @@
 import pytest
 
 from flax_lstm.config import UserError
-from flax_lstm.labels import classes_named, find_classes, to_numbers
+from flax_lstm.labels import classes_named, find_classes, tally, to_numbers
 
 
 def where(labels):
@@ -31,17 +31,17 @@ def where(labels):
     ids=str,
 )
 def test_two_classes_in_any_usual_form(labels, want):
-    classes = find_classes(labels, where(labels))
+    classes = find_classes([tally(labels, where(labels))])
     assert to_numbers(labels, where(labels), classes).tolist() == want
 
 
 def test_names_are_kept_and_the_rule_is_told():
     labels = ["Positive", "negative", "POSITIVE"]
-    classes = find_classes(labels, where(labels))
+    classes = find_classes([tally(labels, where(labels))])
     assert classes.names == ("negative", "Positive")
     assert classes.rule == "known words"
-    assert "alphabet" in find_classes(["b", "a"], where("ba")).rule
-    assert "larger" in find_classes([0, 1], where("ba")).rule
+    assert "alphabet" in find_classes([tally(["b", "a"], where("ba"))]).rule
+    assert "larger" in find_classes([tally([0, 1], where("ba"))]).rule
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_names_are_kept_and_the_rule_is_told():
 )
 def test_labels_that_are_not_two_classes_are_refused(labels, message):
     with pytest.raises(UserError, match=message):
-        find_classes(labels, where(labels))
+        find_classes([tally(labels, where(labels))])
 
 
 def test_another_source_must_use_the_labels_of_the_run():

@@ -200,7 +200,7 @@ def test_rare_words_and_words_beyond_the_size_become_the_unknown_word():
     tokenizer, ids, _ = fit(texts, DataConfig(min_count=2, vocabulary_size=2))
     assert tokenizer.vocabulary_size == 4
     assert ids.tolist() == [2, 2, 2, 3, 3, 3, 1, 1, 1]
-    assert tokenizer.unknown_share(ids) == 3 / 9
+    assert (tokenizer.count_unknown(ids), len(ids)) == (3, 9)
 
 
 def test_only_tokens_that_are_kept_count_for_the_vocabulary():

@@ -4,6 +4,7 @@ Two processes with two devices each, over Gloo on this machine. Each test names 
 of faults that it stands for.
 """
 
+import csv
 import json
 import os
 import signal
@@ -129,11 +130,25 @@ def one_device(source, tmp_path_factory) -> Path:
     return folder
 
 
+COUNT_ENCODED = """
+import atexit, json
+from flax_lstm.text import TextTokenizer
+encode, encoded = TextTokenizer.encode_flat, []
+def counted(self, texts, limit):
+    encoded.extend(texts)
+    return encode(self, texts, limit)
+TextTokenizer.encode_flat = counted
+atexit.register(lambda: json.dump(encoded, open({path!r}, "w")))
+"""
+
+
 @pytest.fixture(scope="module")
 def two_processes(source, tmp_path_factory) -> tuple[Path, list[Ended]]:
     """The same run by two processes with two devices each."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    ended = together(source, folder)
+    said = [str(folder.with_name(f"encoded-{number}")) for number in range(2)]
+    faults = tuple(COUNT_ENCODED.format(path=path) for path in said)
+    ended = together(source, folder, faults=faults)
     assert [one.code for one in ended] == [0, 0], ended
     return folder, ended
 
@@ -145,6 +160,33 @@ def test_uneven_rows_per_process(source, tmp_path, one_device, two_processes):
     assert ended.code == 0, ended.err
     assert_same(four, one_device)
     assert_same(two_processes[0], one_device)
+
+
+def test_each_row_is_encoded_by_one_process(source, two_processes):
+    """Half of the rows by each, and all of them by the two."""
+    folder, _ = two_processes
+    encoded = [
+        json.loads(folder.with_name(f"encoded-{number}").read_text())
+        for number in range(2)
+    ]
+    with open(source, encoding="utf-8") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    assert sorted(encoded[0] + encoded[1]) == sorted(texts)
+    assert len(encoded[0]) == pytest.approx(len(texts) / 2, abs=2)
+
+
+def test_bad_row_in_the_part_of_one_process(source, tmp_path):
+    """All end with the file and the line of it, before there is a run."""
+    path = tmp_path / "bad.csv"
+    path.write_text(source.read_text() + "a song,1.5\n")
+    ended = together(path, tmp_path / "run")
+    assert [one.code for one in ended] == [2, 2], ended
+    lines = len(path.read_text().splitlines())
+    words = f"line {lines} of {path} has the label '1.5'; a label is"
+    assert words in ended[0].err.strip().splitlines()[-1]
+    assert "process 1 of 2: " in ended[0].err.strip().splitlines()[-1]
+    assert words in ended[1].err.strip().splitlines()[-1]
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_units_spread_over_processes_on_cpus_are_refused(source, tmp_path):
@@ -318,8 +360,8 @@ def test_fewer_processes_than_promised(source, tmp_path):
 OTHER_DATA = """
 import dataclasses, flax_lstm.data as data
 load = data.load
-def other(*args):
-    corpus = load(*args)
+def other(*args, **kwargs):
+    corpus = load(*args, **kwargs)
     found = {**corpus.summary, 'rows': {'train': 63}}
     return dataclasses.replace(corpus, summary=found)
 data.load = other
@@ -335,7 +377,7 @@ data.load = other
         ),
         ("import flax_lstm.environment as e; e.installed = str", "code.packages"),
         (OTHER_DATA, "data.rows"),
-        ("import flax_lstm.data as b; b.load = lambda *_: 1 / 0", "division"),
+        ("import flax_lstm.data as b; b.find_classes = lambda *_: 1 / 0", "division"),
     ],
     ids=["configuration", "code", "data", "an error of one"],
 )
@@ -378,6 +420,8 @@ def test_sigterm_after_initialize(source, tmp_path, one_device, told):
     # Asked in step 9, told in step 10, heard when that is read, and so before step 13.
     saved = [int(p.name) for p in (folder / "checkpoints").iterdir()]
     assert max(saved) == 10 + ARREARS
-    resumed = alone(source, folder, "--resume")
-    assert resumed.code == 0, resumed.err
+    # Within an epoch: by as many processes, and by another number of them.
+    resume = together if told == "both" else lambda *args: [alone(*args)]
+    for resumed in resume(source, folder, "--resume"):
+        assert resumed.code == 0, resumed.err
     assert_same(folder, one_device)

@@ -78,7 +78,7 @@ def test_a_second_signal_during_compilation_ends_it_at_once(source, tmp_path):
 IN_DATA = """
 import os, signal
 import flax_lstm.data
-def asked(*args):
+def asked(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
     raise AssertionError("it went on")
 flax_lstm.data.load = asked
