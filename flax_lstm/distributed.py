@@ -3,7 +3,8 @@
 Every process runs the same program on its own devices, so all must come to the same
 collectives in the same order. Here is what they tell each other beside those of the
 training step: that they are all there, that they were asked for the same thing, and
-that one of them cannot go on. Only process 0 writes and speaks.
+that one of them cannot go on. Only process 0 writes and speaks; of a checkpoint each
+writes its parts.
 """
 
 import contextlib
