@@ -29,8 +29,10 @@ STEPS, BATCHES = 32, 8
 LISTEN = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 """
-"""What a shell starts in the background, as CI's lanes are, ignores Ctrl-C."""
+"""What a shell starts in the background, as CI's lanes are, ignores Ctrl-C; and under
+`nohup` a hang-up."""
 
 MAIN = "import sys\nfrom flax_lstm.cli import main\nsys.exit(main())"
 
