@@ -16,9 +16,7 @@ what a kernel allocates: scratch memory, results, and the inputs.
 Writes results/memory.csv.
 """
 
-import csv
 import ctypes
-import datetime
 import gc
 import json
 import os
@@ -28,9 +26,8 @@ import sys
 from pathlib import Path
 
 import jax
+from measured import provenance, write_rows
 from scaling import SHAPES, gradient_program
-
-from flax_lstm import environment
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
 MIB = 2**20
@@ -74,7 +71,7 @@ def main() -> None:
     if len(sys.argv) > 1:  # the process of one shape
         print(json.dumps(measure(tuple(json.loads(sys.argv[1])))))
         return
-    facts = environment.describe(tuple(jax.devices()[:1]))
+    common = provenance()
     rows = []
     for steps, batch, size, hidden in SHAPES:
         variants = {
@@ -97,17 +94,11 @@ def main() -> None:
             row |= {
                 "peak_of_kept": f"{found['peak_mib'] / found['kept_mib']:.2f}",
                 "of_kept_less_gradients": f"{working / found['kept_mib']:.2f}",
-                "device": facts["devices"][0],
-                "jax": facts["packages"]["jax"],
-                "commit": facts["commit"],
-                "date": datetime.date.today().isoformat(),
             }
+            row |= common
             print(row, flush=True)
             rows.append(row)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":

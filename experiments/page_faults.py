@@ -11,8 +11,6 @@ Writes results/page_faults.csv.
 """
 
 import argparse
-import csv
-import datetime
 import json
 import resource
 import statistics
@@ -23,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from measured import provenance, write_rows
 from scaling import gradient_program
 
-from flax_lstm import environment
 from flax_lstm.bench.machine import threads
 from flax_lstm.bench.shapes import SHAPES
 from flax_lstm.host_memory import keep_freed_memory
@@ -72,7 +70,7 @@ def main() -> None:
         kept, pause_s = asked.one
         print(json.dumps(measure(kept, pause_s, asked.calls)))
         return
-    facts = environment.describe(tuple(jax.devices()[:1]))
+    common = provenance(threads=threads())
     rows = []
     for kept in (True, False):
         for pause_s in PAUSES_S:
@@ -86,19 +84,10 @@ def main() -> None:
             )
             row = {"freed_memory_kept": kept, "pause_s": pause_s, "calls": asked.calls}
             row |= json.loads(done.stdout)
-            row |= {
-                "device": facts["devices"][0],
-                "threads": threads(),
-                "jax": facts["packages"]["jax"],
-                "commit": facts["commit"],
-                "date": datetime.date.today().isoformat(),
-            }
+            row |= common
             print(row, flush=True)
             rows.append(row)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":

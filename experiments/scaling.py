@@ -10,14 +10,13 @@ Writes results/scaling.csv.
 """
 
 import argparse
-import csv
-import datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+from measured import provenance, write_rows
 
-from flax_lstm import environment, init_lstm_params, lstm
+from flax_lstm import init_lstm_params, lstm
 from flax_lstm.bench.machine import threads
 from flax_lstm.bench.timing import alternate
 from flax_lstm.host_memory import keep_freed_memory
@@ -58,15 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     asked = parser.parse_args()
     kept = keep_freed_memory()
-    facts = environment.describe(tuple(jax.devices()[:1]))
-    common = {
-        "device": facts["devices"][0],
-        "threads": threads(),
-        "freed_memory_kept": kept,
-        "jax": facts["packages"]["jax"],
-        "commit": facts["commit"],
-        "date": datetime.date.today().isoformat(),
-    }
+    common = provenance(threads=threads(), freed_memory_kept=kept)
     rows = []
     for steps, batch, size, hidden in SHAPES:
         variants = {
@@ -92,10 +83,7 @@ def main() -> None:
                 print(row, flush=True)
                 rows.append(row | common)
         del made, cases
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -76,4 +76,5 @@ def test_pool_of_no_steps_is_zero():
 
 def test_unknown_pooling_is_refused(as_installed):
     with pytest.raises(ValueError, match=r"pooling must be one of .* got 'median'"):
+        # The type is wrong on purpose: the error of the run is what is tested.
         pool(jnp.zeros((1, 1, 1)), pooling="median")  # type: ignore[arg-type] refused

@@ -81,8 +81,10 @@ def prepare_nnx(kind: str, problem: Problem) -> Prepared:
         (c, h), y = layer(x, initial_carry=(c, h), seq_lengths=lengths)
         return y, h, c
 
-    # `kind` is one of the two names that it takes, as a plain string here.
-    weights = convert.to_nnx(problem.params, cell=kind)  # type: ignore[arg-type]
+    weights = convert.to_nnx(
+        problem.params,
+        cell=kind,  # type: ignore[arg-type] one of the two names, as a plain string
+    )
     return prepare_on_jax(
         problem, OnJax(forward, weights, convert.from_nnx, lengths=True)
     )
