@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import fault_runs
 import pytest
+
+pytest.register_assert_rewrite("fault_runs")  # so that they too say what differs
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by marks
@@ -18,6 +19,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def straight_run(source, tmp_path_factory, compilation_cache) -> Callable:
     """Trains the tiny run, with some arguments more, without a break; each once."""
+    import fault_runs
+
     done = {}
 
     def train(*argv: str, fault: str = "") -> Path:

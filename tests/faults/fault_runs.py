@@ -26,6 +26,10 @@ falling rate, and dropout: optimiser, step and key all matter."""
 STEPS, BATCHES = 32, 8
 """Of such a run, and of an epoch of it."""
 
+EVERY = ("--save-every", "5")
+"""Steps between checkpoints: prime to the steps of an epoch, so that they fall on
+different places of it."""
+
 LISTEN = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -228,3 +232,14 @@ def final(folder: Path) -> dict[str, Any]:
         ],
         **{name: result.get(name) for name in ("test", "best_epoch", "tested_epoch")},
     }
+
+
+def resumed_as_straight(
+    source: Path, folder: Path, straight: Path, *argv: str, fault: str = ""
+) -> None:
+    """Resumes a run, which must end with the bits of the one without a break."""
+    resumed = train(source, folder, *argv, "--auto-resume", fault=fault)
+    assert resumed.code == 0, resumed.err
+    assert final(folder) == final(straight)
+    assert final(folder)["step"] == STEPS
+    assert not list((folder / "checkpoints").glob("*tmp*"))

@@ -11,6 +11,7 @@ import pytest
 from fault_runs import (
     BATCHES,
     COMPILING,
+    EVERY,
     FIRST_IS_BEST,
     KILL,
     SAVED_AT_ONCE,
@@ -18,6 +19,7 @@ from fault_runs import (
     at_step,
     end,
     final,
+    resumed_as_straight,
     start,
     train,
     train_argv,
@@ -27,23 +29,11 @@ from flax_lstm.run import Run
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
-EVERY = ("--save-every", "5")
-"""Steps between checkpoints: prime to the steps of an epoch, so that they fall on
-different places of it."""
 CARRIED = (
     *("--pipeline", "tutorial", "--carry-state", "--pooling", "last"),
     *("--optimizer", "adadelta", "--test-with", "last"),
 )
 """The tutorial's ways: a state is carried from batch to batch."""
-
-
-def resumed_as_straight(source, folder, straight, *argv: str, fault: str = "") -> None:
-    """Resumes a run, which must end with the bits of the one without a break."""
-    resumed = train(source, folder, *argv, "--auto-resume", fault=fault)
-    assert resumed.code == 0, resumed.err
-    assert final(folder) == final(straight)
-    assert final(folder)["step"] == STEPS
-    assert not list((folder / "checkpoints").glob("*tmp*"))
 
 
 @pytest.mark.parametrize("recipe", [(), CARRIED], ids=["default", "tutorial"])

@@ -7,9 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from fault_runs import COMPILING, STEPS, at_step, final, start, train
+from fault_runs import (
+    COMPILING,
+    STEPS,
+    at_step,
+    final,
+    resumed_as_straight,
+    start,
+    train,
+)
 from fault_runs import train_argv as argv_of
-from test_faults_of_processes import resumed_as_straight
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
