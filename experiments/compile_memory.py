@@ -1,6 +1,7 @@
 """How much memory of a TPU or GPU does a layer take, next to the plain loops?
 
-    python experiments/compile_memory.py
+    python experiments/compile_memory.py                 all targets
+    python experiments/compile_memory.py --targets h100  its rows alone; others stay
 
 Compiles `lstm` ahead of time, as `compile_kernels.py` does, and asks the compiler for
 its plan: the peak of inputs, results and scratch, all together. `forward` keeps nothing
@@ -83,30 +84,41 @@ def program(shape: tuple[int, ...], name: Any, mode: str, place: Any) -> Any:
     return {"forward": forward, "gradient": gradient}[mode], arguments
 
 
+def child_of(target: str, cache: Path) -> list[dict[str, Any]]:
+    """Compiles for one target in a process of its own, for it loads a compiler once."""
+    with tempfile.TemporaryDirectory() as dump:
+        compiler = TARGETS[target][0].environment(cache, dump)
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", target],
+            env=os.environ | compiler,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    made = {"jax": version("jax"), "date": datetime.date.today().isoformat()}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) | made for line in lines]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--targets", choices=KINDS, nargs="+", default=[*KINDS])
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         rows_of(options.child)
         return
-    made = {"jax": version("jax"), "date": datetime.date.today().isoformat()}
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        recorded = list(csv.DictReader(file))
     rows = []
     for target in KINDS:
-        with tempfile.TemporaryDirectory() as dump:
-            compiler = TARGETS[target][0].environment(options.cache, dump)
-            done = subprocess.run(
-                [sys.executable, __file__, "--child", target],
-                env=os.environ | compiler,
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        found = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        rows += [json.loads(line) | made for line in found]
-    for row in rows:
-        print(row)
+        if target in options.targets:
+            found = child_of(target, options.cache)
+            print(*found, sep="\n")
+        else:
+            found = [row for row in recorded if row["target"] == target]
+        rows += found
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
