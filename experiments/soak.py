@@ -6,8 +6,9 @@
 One run is trained without a fault: it saves, validates and prunes thousands of times
 in one process, whose memory and open files are watched. Then the same run is trained
 while it is killed, asked to stop, and its newest checkpoint damaged, at random moments;
-each time the same command goes on, and the folder is evaluated in between. Both must
-end with the same bits.
+each time the same command goes on, and the folder is evaluated in between. That is
+repeated, with other moments, until the minutes are over. All must end with the same
+bits.
 
 Passes when faults came and the digests are equal, no child failed or kept silent about
 damage, the memory after the warm-up (the first third) stays within 5 %, no more files
@@ -30,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +189,7 @@ def faulty(
     until: float | None,
     faults: int | None,
     draw: random.Random,
-) -> tuple[dict[str, int], float]:
+) -> tuple[Counter[str], float]:
     """Trains with faults; returns their number by kind, and the largest folder size.
 
     Args:
@@ -198,10 +200,10 @@ def faulty(
       faults: Number of faults after which there are no more; None for none.
       draw: Decides what happens when.
     """
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     largest = 0.0
     while True:
-        enough = sum(counts.values()) >= faults if faults is not None else False
+        enough = counts.total() >= faults if faults is not None else False
         last = enough or (until is not None and time.time() >= until)
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -223,7 +225,7 @@ def faulty(
             raise SystemExit(f"ended with {child.returncode} after {kind}:\n{out}")
         if kind == "damage":
             kind = f"damage: {damage(folder, draw)}"
-        counts[kind] = counts.get(kind, 0) + 1
+        counts[kind] += 1
         largest = max(largest, size_mib(folder))
         looked = subprocess.run(
             [sys.executable, "-c", EVALUATE, str(folder)],
@@ -239,23 +241,25 @@ def soak(minutes: float | None, epochs: int, faults: int | None, work: Path) -> 
     texts = work / "texts.csv"
     write_texts(texts)
     began = time.time()
-    if minutes is not None:  # as many epochs as fill a quarter of the time
+    if minutes is not None:  # as many epochs as fill a fifth of the time
         folder = work / "calibration"
         seen = straight(train_command(texts, folder, CALIBRATION_EPOCHS), folder)
         done, clock = seen["epochs"], seen["seconds"]
         each = (clock[-1] - clock[0]) / max(done[-1] - done[0], 1)
-        epochs = max(CALIBRATION_EPOCHS, round(minutes * 60 / 4 / each))
+        epochs = max(CALIBRATION_EPOCHS, round(minutes * 60 / 5 / each))
     seen = straight(train_command(texts, work / "straight", epochs), work / "straight")
-    taken = time.time() - began
-    until = None if minutes is None else began + 60 * minutes * 0.9
-    counts, largest = faulty(
-        train_command(texts, work / "faulty", epochs),
-        work / "faulty",
-        life_s=max(taken / 40, 0.3),
-        until=until,
-        faults=faults,
-        draw=random.Random(1),
-    )
+    life_s = max((time.time() - began) / 40, 0.3)
+    until = None if minutes is None else began + 60 * minutes
+    draw = random.Random(1)
+    counts: Counter[str] = Counter()
+    largest, digests = 0.0, []
+    while not digests or (until is not None and time.time() < until):
+        folder = work / f"faulty {len(digests)}"
+        command = train_command(texts, folder, epochs)
+        came, size = faulty(command, folder, life_s, until, faults, draw)
+        counts += came
+        largest = max(largest, size)
+        digests.append(digest(folder))
     after = {k: v[int(len(v) * WARM_UP) :] for k, v in seen.items()}
     memory = after["memory"]
     middle = sorted(memory)[len(memory) // 2]
@@ -263,7 +267,8 @@ def soak(minutes: float | None, epochs: int, faults: int | None, work: Path) -> 
     return {
         "minutes": round((time.time() - began) / 60, 1),
         "epochs": epochs,
-        "faults": sum(counts.values()),
+        "runs_with_faults": len(digests),
+        "faults": counts.total(),
         "kinds": "; ".join(f"{kind} {n}" for kind, n in sorted(counts.items())),
         "memory_mib": f"{middle:.1f}",
         "memory_spread": f"{(max(memory) - min(memory)) / 2 / middle:.4f}",
@@ -271,7 +276,7 @@ def soak(minutes: float | None, epochs: int, faults: int | None, work: Path) -> 
         "files_second_half": max(after["files"][half:]),
         "folder_straight_mib": f"{max(seen['folder']):.3f}",
         "folder_faulty_mib": f"{largest:.3f}",
-        "same_bits": digest(work / "straight") == digest(work / "faulty"),
+        "same_bits": set(digests) == {digest(work / "straight")},
     }
 
 
