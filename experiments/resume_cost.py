@@ -1,6 +1,6 @@
 """What do verified checkpoints cost: to restore, and to the steps beside a save?
 
-    python experiments/resume_cost.py [--interval 5 20 --rounds 16 4]
+    python experiments/resume_cost.py [--interval 5 20 --rounds 12 16]
 
 The state is the classifier's with a large vocabulary: parameters and two slots of
 AdamW, some 200 MB, of random numbers, which take longest to write. Each round measures
@@ -180,7 +180,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--interval", type=float, nargs="+", default=[5.0, 20.0])
-    parser.add_argument("--rounds", type=int, nargs="+", default=[16, 4])
+    parser.add_argument("--rounds", type=int, nargs="+", default=[12, 16])
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     keep_freed_memory()  # as `flax-lstm train` does; before JAX has threads
