@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from flax_lstm.bench.compare import Comparison
 from flax_lstm.bench.limits import Limits
@@ -111,7 +112,8 @@ def catalogue_tables(
         )
     second = table("Implementations", "name", "what", "here")
     for one in implementations:
-        second.add_row(one.name, one.about, one.missing() or "yes")
+        # As plain text: rich would take [bench] for an instruction.
+        second.add_row(one.name, one.about, Text(one.missing() or "yes"))
     return [first, second]
 
 

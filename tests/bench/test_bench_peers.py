@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax_lstm_kernels.target import on
 
 from flax_lstm.bench import suite
 from flax_lstm.bench.peers import catalogue, flax_peers, own, torch_peers
@@ -54,6 +55,17 @@ def test_outputs_and_gradients_pass_the_check_on_unequal_lengths(name, mode):
     # Sums of a dozen terms over twenty steps; the tolerance is a hundred times this.
     assert row["error"] < 2e-6
     assert row["tokens"] == np.sum(LENGTHS.draw_lengths(0))
+
+
+def test_ours_say_what_they_need():
+    can = {name: one.missing() for name, one in FOUND.items() if "ours" in name}
+    assert can["ours"] is can["ours-scan"] is can["ours-xla"] is None
+    if jax.default_backend() == "cpu":
+        assert "CUDA device" in can["ours-cudnn"]
+        assert "no kernel for" in can["ours-pallas"]
+    # An H100's kernels take float32 where tf32 is allowed, and 16 bits anywhere.
+    with on("cuda", "9.0"), jax.default_matmul_precision("highest"):
+        assert FOUND["ours-pallas"].missing() is None
 
 
 @each_one

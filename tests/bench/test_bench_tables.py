@@ -9,6 +9,7 @@ from flax_lstm.bench import tables
 from flax_lstm.bench.compare import Comparison
 from flax_lstm.bench.limits import Limits
 from flax_lstm.bench.peers import catalogue
+from flax_lstm.bench.peers.base import Implementation, Prepared
 from flax_lstm.bench.shapes import SHAPES
 
 
@@ -76,6 +77,15 @@ def test_the_catalogue_names_everything_and_what_is_missing():
     for one in (*shapes, *found):
         assert one.name in text
     assert "needs a CUDA device" in text
+
+
+def test_the_catalogue_prints_the_words_in_brackets():
+    def prepare(problem: object) -> Prepared:
+        raise NotImplementedError
+
+    needed = "pip install 'x[bench]'"
+    one = Implementation("one", "jax", "", lambda: needed, prepare)
+    assert needed in printed(*tables.catalogue_tables([], [one]))
 
 
 def test_comparisons_and_refusals():

@@ -32,15 +32,26 @@ def implementations() -> list[Implementation]:
     ]
     for name in get_args(Named):
         about = f'flax_lstm.lstm(implementation="{name}")'
-        ready = partial(prepare, name)
-        found.append(
-            Implementation(f"ours-{name}", "ours", about, never_missing, ready)
-        )
+        needs, ready = partial(missing, name), partial(prepare, name)
+        found.append(Implementation(f"ours-{name}", "ours", about, needs, ready))
     about = "flax_lstm.lstm_cell, one step"
     found.append(
         Implementation("ours-cell", "ours", about, never_missing, prepare_cell)
     )
     return found
+
+
+def missing(name: Any) -> str | None:
+    """Returns why an implementation runs nothing here, not even a small layer."""
+    reason = None
+    for dtype in (jnp.bfloat16, jnp.float32):
+        shapes = (128, 512), (128, 512), (512,), (2, 8, 128)
+        *params, inputs = (jnp.zeros(shape, dtype) for shape in shapes)
+        told = explain(LSTMParams(*params), inputs, implementation=name)
+        if told.implementation is not None:
+            return None
+        reason = told.reasons[name]
+    return reason
 
 
 def prepare(name: Any, problem: Problem) -> Prepared:
