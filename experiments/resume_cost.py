@@ -37,12 +37,12 @@ import orbax.checkpoint as ocp
 from flax_lstm import data, environment, nnx
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import ModelConfig, TrainConfig
+from flax_lstm.finite import nonfinite_leaves
 from flax_lstm.host_memory import keep_freed_memory
 from flax_lstm.leaves import to_save
 from flax_lstm.train import (
     init_train_state,
     make_optimizer,
-    nonfinite_leaves,
     parallelize,
 )
 

@@ -1,7 +1,7 @@
 """From a text source to encoded, split and batched examples: the one entry is `load`.
 
-sources.py reads rows, labels.py finds the two classes, partition.py splits, text.py and
-encoding.py turn words into ids, batching.py makes the batches; their public names are
+sources.py reads rows, labels.py finds the two classes, partition.py splits, encoding.py
+turns words into ids, batching.py makes the batches; their public names are
 here too. sharing.py says what each does of it where several processes train one run.
 """
 
@@ -14,8 +14,6 @@ import numpy as np
 
 from flax_lstm.batching import (
     Batch,
-    Examples,
-    Measured,
     PlannedBatch,
     batch_count,
     batch_plan,
@@ -33,6 +31,7 @@ from flax_lstm.encoding import (
     truncate,
     with_lengths,
 )
+from flax_lstm.examples import Examples, Measured
 from flax_lstm.labels import Classes, classes_named, find_classes, tally, to_numbers
 from flax_lstm.partition import PARTS, LabelledRows, shared_groups, split
 from flax_lstm.shared_rows import SharedRows, fed_batches, feed

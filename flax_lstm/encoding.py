@@ -5,12 +5,13 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from flax_lstm.batching import Examples
 from flax_lstm.config import DataConfig
+from flax_lstm.examples import Examples
 from flax_lstm.partition import LabelledRows
 from flax_lstm.shared_rows import SharedRows
 from flax_lstm.sharing import Share
-from flax_lstm.text import TextTokenizer, fit
+from flax_lstm.text import TextTokenizer
+from flax_lstm.vocabulary import fit
 
 
 def encode_all(

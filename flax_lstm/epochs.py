@@ -25,16 +25,14 @@ from flax_lstm.config import Config
 from flax_lstm.distributed import several
 from flax_lstm.events import EpochDone, Event, StepDone
 from flax_lstm.feeding import Feed
+from flax_lstm.finite import NonFiniteLossError, check_finite, nonfinite_leaves
 from flax_lstm.history import History
 from flax_lstm.progress import Progress, merit
 from flax_lstm.startup import Startup
 from flax_lstm.stopping import Stop, Stopped
 from flax_lstm.train import (
-    NonFiniteLossError,
     Program,
-    check_finite,
     evaluate,
-    nonfinite_leaves,
     reset_carry,
 )
 

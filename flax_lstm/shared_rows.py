@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from flax_lstm import distributed
-from flax_lstm.batching import Batch, Examples, PlannedBatch, assemble
+from flax_lstm.batching import Batch, PlannedBatch, assemble
+from flax_lstm.examples import Examples
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ import pytest
 
 from flax_lstm import batching
 from flax_lstm.batching import (
-    Examples,
     batch_count,
     batch_plan,
     batches,
@@ -20,6 +19,7 @@ from flax_lstm.batching import (
     prefetch,
 )
 from flax_lstm.config import DataConfig, UserError
+from flax_lstm.examples import Examples
 
 CONFIG = DataConfig(batch_size=8, buckets=4, max_length=50)
 
@@ -203,15 +203,6 @@ def test_a_very_long_text_does_not_blow_up_the_choice_of_lengths():
     assert len(lengths) <= config.buckets
 
 
-def test_take_gives_rows_in_the_given_order():
-    examples = make_examples(rows=10)
-    picked = examples.take(np.array([7, 0, 7, 3]))
-    for place, row in enumerate([7, 0, 7, 3]):
-        assert np.array_equal(picked[place][0], examples[row][0])
-        assert picked[place][1] == examples[row][1]
-    assert picked[-1][1] == examples[3][1]
-
-
 def test_prefetch_places_items_on_the_device_in_order():
     examples = make_examples()
     plain = list(batches(examples, (40,), CONFIG, seed=0, epoch=0))
@@ -248,27 +239,3 @@ def test_prefetch_raises_the_error_of_its_source_and_ends_its_thread():
     next(stream)
     stream.close()
     assert not any(t.name == "prefetch" for t in threading.enumerate())
-
-
-@pytest.mark.parametrize(
-    ("offsets", "message"),
-    [
-        ([0, 2], "2 labels need 3 offsets"),
-        ([0, 4, 3], "rise from 0 to 3.* length -1 at row 1"),
-        ([0, 2, 4], "rise from 0 to 3, .* got 0 to 4"),
-        ([1, 2, 3], "rise from 0 to 3, .* got 1 to 3"),
-    ],
-)
-def test_lengths_that_do_not_fit_the_tokens_are_refused(offsets, message):
-    tokens, labels = np.array([5, 6, 7], np.int32), np.zeros(2, np.float32)
-    with pytest.raises(ValueError, match=message):
-        Examples(tokens, np.array(offsets), labels)
-
-
-@pytest.mark.parametrize("id_", [10, -1])
-def test_an_id_outside_the_vocabulary_names_its_row(id_):
-    rows = [np.array([1, 2]), np.array([], int), np.array([9, id_])]
-    examples = Examples.from_rows(rows, [0, 1, 0])
-    with pytest.raises(ValueError, match=rf"token id {id_} in row 2 .* of 10 words"):
-        examples.check_ids(10)
-    assert Examples.from_rows(rows[:2], [0, 1]).check_ids(3) is not None

@@ -10,7 +10,7 @@ import pytest
 from command_lines import SMALL, error_of, program, settings
 
 from flax_lstm import cli, run
-from flax_lstm.train import NonFiniteLossError
+from flax_lstm.finite import NonFiniteLossError
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 

@@ -50,9 +50,11 @@ ARROWS = {
     "labels": "config",
     "sharing": "distributed",
     "word_counts": "",
-    "text": "config sharing word_counts",
-    "batching": "config",
-    "shared_rows": "batching distributed",
+    "text": "config",
+    "vocabulary": "config sharing text word_counts",
+    "examples": "config",
+    "batching": "config examples",
+    "shared_rows": "batching distributed examples",
     "columns": "config labels",
     "formats": "config labels",
     "parquet": "config host_memory sharing",
@@ -61,9 +63,9 @@ ARROWS = {
     "sources": "columns config demo_corpus formats parquet shared_files sharing "
     "stretches",
     "partition": "columns config batching",
-    "encoding": "batching config partition shared_rows sharing text",
-    "data": "config labels text batching encoding partition shared_rows sharing "
-    "sources",
+    "encoding": "config examples partition shared_rows sharing text vocabulary",
+    "data": "config labels text batching encoding examples partition shared_rows "
+    "sharing sources",
     "leaves": "",
     "manifest": "config host_memory leaves",
     "storage": "config distributed leaves manifest",
@@ -73,6 +75,7 @@ ARROWS = {
     "mesh": "config",
     "parallel": "config mesh",
     "rows": "",
+    "finite": "",
     "train": f"{MODULES} mesh optim parallel rows",
     "report": "config events",
     "folder": "config distributed",
@@ -83,8 +86,8 @@ ARROWS = {
     "progress": "",
     "stopping": "",
     "history": "folder",
-    "epochs": f"config {WORK} distributed events feeding history progress startup "
-    "stopping",
+    "epochs": f"config {WORK} distributed events feeding finite history progress "
+    "startup stopping",
     "settings": "config folder host_memory",
     "model_state": f"{MODULES} checkpoint train",
     "trained": "batching config data checkpoint environment folder history "
@@ -97,14 +100,14 @@ ARROWS = {
     "stopping trained",
     "cli": "bench commands config distributed environment host_memory startup stopping",
     "kernels": "cell",
-    "experiments": f"{MODULES} {WORK} convert distributed environment events folder "
-    "host_memory leaves model_state report run cli kernels bench",
+    "experiments": f"{MODULES} {WORK} convert distributed environment events finite "
+    "folder host_memory leaves model_state report run cli kernels bench",
 }
 LIBRARIES = ("torch", "keras", "haiku", "equinox")
 # Third-party packages that only these nodes touch.
 OWNERS = {
     "datasets": {"parquet", "sources", "experiments"},
-    "tokenizers": {"text"},
+    "tokenizers": {"text", "vocabulary"},
     "orbax": {"storage", "experiments"},
     "tyro": {"cli", "commands"},
     "rich": {"bench", "commands", "report", "experiments"},

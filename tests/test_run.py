@@ -15,8 +15,8 @@ from flax_lstm import data, epochs, run
 from flax_lstm import folder as files
 from flax_lstm.config import Config, UserError
 from flax_lstm.events import EpochDone, Finished, RunStarted, StepDone
+from flax_lstm.finite import NonFiniteLossError
 from flax_lstm.history import HistoryWarning
-from flax_lstm.train import NonFiniteLossError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

@@ -3,7 +3,8 @@
 import numpy as np
 from processes import processes
 
-from flax_lstm.batching import Examples, PlannedBatch
+from flax_lstm.batching import PlannedBatch
+from flax_lstm.examples import Examples
 from flax_lstm.shared_rows import SharedRows, fed_batches, feed
 
 TEXTS = [[1], [], [2, 3, 4], [5, 6], [7], [8, 9], [], [10, 11, 12]]

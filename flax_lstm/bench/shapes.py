@@ -4,7 +4,7 @@ Lengths are drawn from quantiles of real text, so that a batch is like a random 
 that text. The quantiles were made once, from the texts of each data set, by
 
     from flax_lstm.config import DataConfig
-    from flax_lstm.text import fit
+    from flax_lstm.vocabulary import fit
     _, _, ends = fit(texts, DataConfig(pipeline=PIPELINE, max_length=STEPS))
     tokens = np.minimum(np.diff(ends), STEPS)
     np.quantile(tokens[tokens > 0], SHARES, method="nearest")

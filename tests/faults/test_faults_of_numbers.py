@@ -18,6 +18,7 @@ from small_runs import make_config
 from flax_lstm import data, nnx, optim, run, train
 from flax_lstm.config import ModelConfig, TrainConfig, UserError
 from flax_lstm.events import EpochDone
+from flax_lstm.finite import NonFiniteLossError
 from flax_lstm.leaves import digest
 from flax_lstm.run import Run
 from flax_lstm.settings import MOST_STEPS, check_steps
@@ -107,7 +108,7 @@ def test_a_run_of_which_every_step_is_skipped_stops(source, tmp_path, monkeypatc
         return state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
 
     monkeypatch.setattr(run, "initial_state", poisoned)
-    with pytest.raises(train.NonFiniteLossError, match="all 4 steps of epoch 1"):
+    with pytest.raises(NonFiniteLossError, match="all 4 steps of epoch 1"):
         run.train(make_config(source, skip_nonfinite=True), tmp_path / "run")
 
 
@@ -126,9 +127,7 @@ def test_parameters_that_are_not_finite_are_not_saved(source, tmp_path, monkeypa
         return program._replace(step=step)
 
     monkeypatch.setattr(run, "parallelize", overflowing)
-    with pytest.raises(
-        train.NonFiniteLossError, match=r"after step 1 .* not finite in"
-    ):
+    with pytest.raises(NonFiniteLossError, match=r"after step 1 .* not finite in"):
         run.train(make_config(source, save_every=1), tmp_path / "run")
     assert finite(tmp_path / "run")
 
