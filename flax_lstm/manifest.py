@@ -171,8 +171,8 @@ def check_memory(checkpoint: Path, leaves: dict[str, Leaf]) -> None:
 
 
 def floating(leaf: Leaf) -> bool:
-    """Says whether a leaf holds real numbers, and neither keys nor counts."""
-    return leaf.key is None and jnp.issubdtype(jnp.dtype(leaf.dtype), jnp.floating)
+    """Says whether a leaf holds real numbers: keys and counts are integers."""
+    return jnp.issubdtype(jnp.dtype(leaf.dtype), jnp.floating)
 
 
 def first(error: BaseException, width: int = 200) -> str:

@@ -70,13 +70,22 @@ def test_the_refusal_of_a_second_writer_removes_nothing(tmp_path):
         assert (tmp_path / "run" / folder.LOCK).exists()
 
 
-def test_a_json_file_is_whole_or_what_it_was(tmp_path):
+def test_a_json_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     folder.write_json(path, {"ä": [1, None]})
     assert folder.read_json(path) == {"ä": [1, None]}
     with pytest.raises(TypeError):
         folder.write_json(path, {"cannot": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"ä": [1, None]}
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            folder.write_json(path, {"too": "large"})
+    assert folder.read_json(path) == {"ä": [1, None]}
     path.write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*x\.json"):
         folder.read_json(path)

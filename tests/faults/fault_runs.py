@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 TIME_LIMIT_S = 240
 """Nothing here takes a tenth of it; a child that hangs is a failure."""
 
@@ -29,6 +31,12 @@ STEPS, BATCHES = 32, 8
 EVERY = ("--save-every", "5")
 """Steps between checkpoints: prime to the steps of an epoch, so that they fall on
 different places of it."""
+
+CARRIED = (
+    *("--pipeline", "tutorial", "--carry-state", "--pooling", "last"),
+    *("--optimizer", "adadelta", "--test-with", "last"),
+)
+"""The tutorial's ways: a state is carried from batch to batch."""
 
 LISTEN = """
 import signal
@@ -176,6 +184,22 @@ best one from the last.
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 """An action: dies at once, as from the out-of-memory killer."""
 
+NOTE = """
+def note(state, path):
+    import jax, numpy as np
+    arrays = {}
+    for keys, leaf in jax.tree.leaves_with_path(state):
+        name = jax.tree_util.keystr(keys)
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        arrays[name] = np.asarray(leaf)
+        for part in leaf.addressable_shards:
+            np.testing.assert_array_equal(part.data, arrays[name][part.index], name)
+    np.savez(path, **arrays)
+"""
+"""Put before a fault, whose action may be `note(state, PATH)`: keeps what a state is on
+its devices, for `noted`."""
+
 COMPILING = """
 import os, signal, sys, threading, time
 import flax_lstm.run
@@ -210,6 +234,12 @@ TIMES = ("seconds", "tokens_per_second", "validation_seconds", "wait_share")
 """Of the record of an epoch, what no two runs have in common."""
 
 
+def newest(folder: Path) -> Path:
+    """Returns the newest checkpoint of a run."""
+    steps = [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+    return max(steps, key=lambda path: int(path.name))
+
+
 def final(folder: Path) -> dict[str, Any]:
     """Returns what must be equal, to the bit, however a run got to its end.
 
@@ -217,21 +247,24 @@ def final(folder: Path) -> dict[str, Any]:
     step, carried state), the records of all epochs, the result of the test, and which
     epoch was the best and which was tested.
     """
-    steps = [
-        int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()
-    ]
-    newest = folder / "checkpoints" / str(max(steps)) / "meta" / "metadata"
+    last = newest(folder)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     result = json.loads((folder / "summary.json").read_text())["result"] or {}
     return {
-        "step": max(steps),
-        "leaves": json.loads(newest.read_text())["leaves"],
+        "step": int(last.name),
+        "leaves": json.loads((last / "meta" / "metadata").read_text())["leaves"],
         "epochs": [
             {name: v for name, v in one.items() if name not in TIMES} for one in records
         ],
         **{name: result.get(name) for name in ("test", "best_epoch", "tested_epoch")},
     }
+
+
+def noted(path: Path) -> dict[str, np.ndarray]:
+    """Returns the leaves of a state that was noted, by name."""
+    with np.load(path) as file:
+        return dict(file)
 
 
 def resumed_as_straight(
@@ -240,6 +273,7 @@ def resumed_as_straight(
     """Resumes a run, which must end with the bits of the one without a break."""
     resumed = train(source, folder, *argv, "--auto-resume", fault=fault)
     assert resumed.code == 0, resumed.err
+    assert "skipped" not in resumed.err  # no checkpoint was damaged
     assert final(folder) == final(straight)
     assert final(folder)["step"] == STEPS
     assert not list((folder / "checkpoints").glob("*tmp*"))

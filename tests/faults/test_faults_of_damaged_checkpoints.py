@@ -19,6 +19,7 @@ from fault_runs import (
     SAVED_AT_ONCE,
     at_step,
     final,
+    newest,
     resumed_as_straight,
     train,
 )
@@ -34,12 +35,6 @@ pytestmark = [
     # Orbax leaves coroutines behind when it meets a damaged file.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-def newest(folder: Path) -> Path:
-    """Returns the newest checkpoint of a run."""
-    steps = [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
-    return max(steps, key=lambda path: int(path.name))
 
 
 IN_FILES = ("--features", "32")

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -48,8 +49,8 @@ def test_a_loss_that_is_not_finite(source, tmp_path, straight_run, what):
     assert failed.code == 1
     message = failed.message()
     assert "flax-lstm: step 12, with learning rate 0.0" in message
-    assert "8 of the training part" not in message  # all eight rows are named
-    assert " on rows " in message
+    # All eight rows are named.
+    assert re.search(r" on rows (\d+, ){7}\d+ of the training part", message)
     assert "the last good checkpoint is that of step 10" in message
     assert finite(folder)
     resumed = train_in_a_process(source, folder, *argv, "--resume")
@@ -286,10 +287,10 @@ def test_a_changed_number_of_epochs_or_batch_size(source, trained, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "loss"), [("bfloat16", "bce"), ("float16", "mse")])
 def test_low_precision_neither_overflows_nor_drifts(source, tmp_path, dtype, loss):
-    """Four epochs in 16 bits beside four in 32, with logits up to thousands at first.
+    """Two epochs in 16 bits beside two in 32; then logits far beyond float16.
 
-    Scores lie within 0.05 of each other: 8 bits of mantissa, 16 steps of AdamW whose
-    steps are as large as the rate whatever the gradient.
+    Mean losses lie within 0.02 of each other: 8 bits of mantissa, eight steps of AdamW
+    that are as large as the rate whatever the gradient.
     """
     runs = [
         run.train(

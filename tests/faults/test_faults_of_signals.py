@@ -1,5 +1,6 @@
 """What a signal, a closed pipe, or a lack of memory does to a run."""
 
+import json
 import os
 import resource
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from fault_runs import (
     COMPILING,
     STEPS,
+    TIME_LIMIT_S,
     at_step,
     final,
     resumed_as_straight,
@@ -175,8 +177,8 @@ def test_no_such_device(source, tmp_path):
 
 ODD_WORLD = """
 import socket, time
-now = time.time
-time.time = lambda: now() - 86400 * 365  # the clock jumps back by a year
+now, shift = time.time, [-365]  # days: what lies on the disk is of next year
+time.time = lambda: now() + 86400 * shift[0]
 def refuse(*_):
     raise AssertionError("it went to the network")
 socket.socket.connect = refuse
@@ -184,14 +186,13 @@ socket.socket.connect = refuse
 
 
 def test_an_odd_clock_and_home_and_no_network(source, tmp_path, straight_run):
-    """And a step later the clock jumps forth by ten years."""
+    """In the second epoch the clock jumps back by ten years; no time is negative."""
     folder = tmp_path / "run"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jump = "import time; time.time = lambda: now() + 86400 * 3650"
     done = train(
         source,
         folder,
-        fault=ODD_WORLD + at_step(9, jump),
+        fault=ODD_WORLD + at_step(12, "shift[0] -= 3650"),
         env={
             "TZ": "Pacific/Kiritimati",
             "HOME": "/proc/nowhere",  # cannot be written, and is not there
@@ -203,6 +204,14 @@ def test_an_odd_clock_and_home_and_no_network(source, tmp_path, straight_run):
     assert done.code == 0, done.err
     assert "on cpu" in done.out
     assert final(folder) == final(straight_run())
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    for epoch in map(json.loads, lines):
+        assert 0 < epoch["seconds"] < TIME_LIMIT_S
+        assert 0 < epoch["validation_seconds"] < TIME_LIMIT_S
+        assert 0 <= epoch["wait_share"] <= 1
+    result = json.loads((folder / "summary.json").read_text())["result"]
+    for name in ("seconds", "startup_seconds", "startup_import_seconds"):
+        assert 0 < result[name] < TIME_LIMIT_S, name
 
 
 def test_without_a_home_programs_are_not_kept_and_it_is_said(source, tmp_path):
