@@ -1,5 +1,6 @@
 """What one process can tell of several; tests/faults runs them for real."""
 
+import re
 import subprocess
 import sys
 
@@ -131,16 +132,27 @@ def test_alone_nothing_is_exchanged():
         raise ZeroDivisionError
 
 
-def test_a_failed_collective_is_said_in_words(monkeypatch):
-    gloo = ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
-    with pytest.raises(ValueError, match="Gloo"), distributed.watching():
-        raise gloo  # alone: no other process can be meant
+@pytest.mark.parametrize(
+    "text",
+    [
+        "UNKNOWN: Gloo all-reduce failed: timed out",
+        "INTERNAL: NCCL operation ncclAllReduce failed: unhandled system error",
+        "UNAVAILABLE: Failed to send RPC to coordination service.",
+        "Coordination service agent is in error state.",
+        "UNKNOWN: [127.0.0.1]:40001: Connection closed by peer",
+        "UNAVAILABLE: task 1 heartbeat timeout",
+    ],
+)
+def test_a_failed_collective_is_said_in_words(monkeypatch, text):
+    failed = ValueError(text)
+    with pytest.raises(ValueError, match=re.escape(text)), distributed.watching():
+        raise failed  # alone: no other process can be meant
     monkeypatch.setattr(distributed, "several", lambda: True)
     with (
         pytest.raises(distributed.LostProcessError, match="another process"),
         distributed.watching(),
     ):
-        raise gloo
+        raise failed
     with pytest.raises(ValueError, match="other"), distributed.watching():
         raise ValueError("some other error")
 

@@ -21,6 +21,8 @@ def test_the_second_writer_is_refused_until_the_first_is_done(tmp_path):
     with folder.writing(tmp_path / "run"):
         pass
     assert folder.holds_run(tmp_path / "run")
+    # Never a new file while another process may have this one open.
+    assert (tmp_path / "run" / folder.LOCK).exists()
 
 
 def test_where_nothing_began_all_that_was_made_goes_away(tmp_path):

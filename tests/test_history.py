@@ -8,7 +8,7 @@ import pytest
 from flax_lstm.history import History, HistoryWarning
 
 RECORDS = [
-    {"epoch": 1, "loss": 1 / 3, "seconds": 1.0, "wait_share": 0.5, "skipped": 2},
+    {"epoch": 1, "loss": 1 / 3, "seconds": 2.0, "wait_share": 0.5, "skipped": 2},
     {"epoch": 2, "loss": float("inf"), "seconds": 3.0, "wait_share": 0.0, "skipped": 0},
     {"epoch": 3, "loss": None, "seconds": 0.5, "wait_share": 0.0, "name": "é"},
 ]
@@ -100,7 +100,7 @@ def test_what_a_checkpoint_knows_does_not_grow():
 
 
 def test_the_wait_of_a_run_is_that_of_its_epochs_together():
-    """Half of one second and none of three: an eighth of four."""
-    assert History(RECORDS[:2]).wait_share() == 0.125
+    """Half of two seconds and none of three: a fifth of five."""
+    assert History(RECORDS[:2]).wait_share() == 0.2
     assert History().wait_share() == 0.0
     assert History(RECORDS).skipped() == 2

@@ -33,9 +33,14 @@ def test_a_record_comes_back_as_it_was(tmp_path, metric, kept):
     assert manifest.recorded_leaves(got) == LEAVES
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"step": 7}', '{"sha256": 0}', "{"])
+@pytest.mark.parametrize(
+    "text",
+    [None, "", "[]", "3", '{"step": 7}', '{"sha256": 0}', "{", "[" * 200_000],
+    ids=lambda text: "no file" if text is None else text[:20],
+)
 def test_what_is_no_record_is_damaged(tmp_path, text):
-    (tmp_path / "r").write_text(text)
+    if text is not None:
+        (tmp_path / "r").write_text(text)
     words = "checkpoint checkpoints/7 is damaged: "
     with pytest.raises(manifest.DamagedCheckpointError, match=words):
         manifest.read_record(tmp_path / "r", WHERE)
@@ -60,5 +65,8 @@ def test_only_floating_numbers_are_cast_and_only_when_asked():
         ("a", Leaf((3, 2), "float64")),
         ("a", Leaf((2, 3), "int8")),
     ):
-        with pytest.raises(manifest.CheckpointMismatchError, match=f"has {name} "):
+        with pytest.raises(
+            manifest.CheckpointMismatchError, match=f"has {name} "
+        ) as refused:
             manifest.compare(WHERE, LEAVES, {**LEAVES, name: other}, cast_dtype=True)
+        assert "--cast-dtype" not in str(refused.value)  # it would not help
