@@ -83,6 +83,17 @@ def test_the_parts_of_every_layout_are_the_whole(mesh_of_four):
         assert leaves.agrees(array, leaf)
 
 
+def test_of_copies_that_differ_the_first_is_digested_as_it_is_saved(mesh_of_four):
+    array = np.arange(8.0, dtype=np.float32).reshape(4, 2)
+    copies = [
+        jax.device_put(array + n, device)
+        for n, device in enumerate(mesh_of_four.devices.flat)
+    ]
+    where = NamedSharding(mesh_of_four, PartitionSpec())
+    whole = jax.make_array_from_single_device_arrays(array.shape, where, copies)
+    assert leaves.own_digests(whole) == {"0:4,0:2": leaves.digest(array)}
+
+
 @pytest.fixture
 def mesh_of_four() -> Mesh:
     return Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
