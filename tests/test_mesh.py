@@ -78,7 +78,11 @@ def test_processes_share_the_rows_by_the_mesh(sizes, processes, shares):
 
 
 @pytest.mark.parametrize(
-    ("processes", "process"), [((0, 1, 1, 0), 0), ((0, 1, 1, 1), 1), ((0, 0, 1, 0), 0)]
+    ("processes", "process"),
+    [
+        *(((0, 1, 1, 0), 0), ((0, 1, 1, 0), 1), ((0, 1, 1, 1), 1)),
+        *(((0, 0, 1, 0), 0), ((0, 0, 0, 1), 0)),
+    ],
 )
 def test_rows_of_a_process_that_do_not_lie_together_are_refused(processes, process):
     with pytest.raises(UserError, match="which do not lie together"):

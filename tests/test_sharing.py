@@ -247,13 +247,20 @@ def test_a_bad_row_ends_all_with_its_place(tmp_path, monkeypatch, form, count):
         assert str(other) == f"process {count - 1} of {count}: {last}"
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "folder"])
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "folder", "jsonl's end"])
 def test_another_file_in_one_process_is_found(tmp_path, monkeypatch, form):
-    """As on machines that have each a copy: a letter differs, where process 1 reads."""
-    path = write(tmp_path, form)
+    """As on machines that have each a copy: a letter differs, where process 1 reads.
+
+    Or where no process reads: at the end of the line after which process 1 would begin.
+    """
+    path = write(tmp_path, form.removesuffix("'s end"))
     if form == "folder":
         last = path / "test" / "pos" / "091.txt"
         changed = (last, last.read_bytes() + b".")
+    elif form == "jsonl's end":
+        raw = path.read_bytes()
+        place = raw.index(b"\n", len(raw) // 2)
+        changed = (path, raw[:place] + b" " + raw[place + 1 :])
     else:
         raw = path.read_bytes()
         place = raw.rindex(b"w1 w2 again")
@@ -291,7 +298,8 @@ def test_more_processes_than_rows(tmp_path, monkeypatch):
         assert corpus.summary == whole.summary
 
 
-def test_alone_nobody_is_asked():
+def test_alone_nobody_is_asked(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", None)
     assert Share().gather(3) == [3]
     assert Share().whole
     with pytest.raises(ZeroDivisionError), Share().together():

@@ -99,7 +99,10 @@ def test_the_scan_for_code_finds_it(line):
 
 @pytest.mark.parametrize(
     "name",
-    [files.CONFIG, files.SUMMARY, files.TOKENIZER, "meta/metadata", "state/_METADATA"],
+    [
+        *(files.CONFIG, files.SUMMARY, files.TOKENIZER),
+        *("meta/metadata", "state/_METADATA", "_CHECKPOINT_METADATA"),
+    ],
 )
 def test_json_of_any_size_is_not_read(trained, tmp_path, name):
     folder = shutil.copytree(trained[0].folder, tmp_path / "run")
@@ -202,9 +205,30 @@ def test_links_in_a_run_folder_are_not_followed_on_delete(tmp_path):
     assert "0 is not a complete checkpoint" in "".join(str(w.message) for w in said)
 
 
+def test_the_name_of_a_leaf_is_no_path(tmp_path):
+    """Neither one that climbs out of the folder, nor one from the root."""
+    folder, evil = tmp_path / "run" / "steps", tmp_path / "evil"
+    state = {"../../../evil": jnp.arange(4.0), str(evil): jnp.arange(3.0)}
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, state, {})
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        restored, _ = checkpoints.restore_last(state)
+    assert {name: value.tolist() for name, value in restored.items()} == {
+        "../../../evil": [0, 1, 2, 3],
+        str(evil): [0, 1, 2],
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in folder.parent.iterdir()] == ["steps"]
+
+
 def contents(path: Path) -> dict[Path, bytes]:
     """Returns a file, or all files of a folder, with what they hold."""
     return {p: p.read_bytes() for p in (path, *path.rglob("*")) if p.is_file()}
+
+
+def test_all_that_a_run_writes_has_one_of_its_names(trained):
+    """Which are those that may not be links."""
+    assert sorted(p.name for p in trained[0].folder.iterdir()) == sorted(files.NAMES)
 
 
 @pytest.mark.parametrize("name", files.NAMES)
