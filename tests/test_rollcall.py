@@ -72,7 +72,8 @@ def test_strangers_are_not_counted():
     port = free_port()
     done = threading.Thread(target=roll_call, args=(f"localhost:{port}", 0, 2, 20.0))
     done.start()
-    for said in (b"GET / HTTP/1.1\r\n\r\n", b"flax-lstm one 2\n", b""):
+    strangers = (b"other 1 2\n", b"GET / HTTP/1.1\r\n\r\n", b"flax-lstm one 2\n", b"")
+    for said in strangers:
         for _ in range(100):
             try:
                 stranger = socket.create_connection(("localhost", port), timeout=5)
