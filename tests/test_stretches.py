@@ -90,3 +90,8 @@ def test_lines_are_cut_where_they_end(tmp_path, monkeypatch):
         lambda _: line_stretch(path, share_of_this_process())
     )
     assert found == [(0, 51), (51, 51), (51, 51), (51, 62)]
+    path.write_text("aaa\n" * 4)
+    found = processes(monkeypatch, 4).run(
+        lambda _: line_stretch(path, share_of_this_process())
+    )
+    assert found == [(0, 4), (4, 8), (8, 12), (12, 16)]
