@@ -61,6 +61,12 @@ SIGNALS = {1: "hung up", 2: "interrupted", 15: "terminated"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     code = _run(argv)
+    try:
+        sys.stdout.flush()
+    except OSError:  # of which _run has spoken, unless it is that of a help text
+        # Python would flush once more on its way out; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or FAILED
     if code and "jax" in sys.modules:
         from flax_lstm import distributed
 
@@ -94,8 +100,6 @@ def _run(argv: Sequence[str] | None) -> int:
     except UserError as error:
         return _failed(error, USAGE, debug)
     except BrokenPipeError:
-        # Python flushes once more on its way out; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except KeyboardInterrupt:
         say("interrupted.")

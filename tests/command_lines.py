@@ -17,7 +17,7 @@ def settings(*argv: str) -> Config:
 
 
 def program(*argv: str, **options) -> subprocess.Popen:
-    """Starts the command line in a process of its own, its output held back as usual."""
+    """Starts the command line in a process of its own, its output held back."""
     environment = {n: v for n, v in os.environ.items() if n != "PYTHONUNBUFFERED"}
     environment["COLUMNS"] = "100"
     code = "import sys; from flax_lstm.cli import main; sys.exit(main())"

@@ -300,13 +300,15 @@ def test_predictions_into_head(done, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_predictions_onto_a_full_disk(done):
-    with (
-        open("/dev/full", "w") as full,
-        program("predict", done, "a film", stdout=full) as process,
-    ):
-        said = process.stderr.read().decode()
-        assert process.wait(120) == 1
-    assert said.splitlines() == ["flax-lstm: [Errno 28] No space left on device"]
+    """Those that are written at once, and those that are held back until the end."""
+    for more in ([], ["--format", "jsonl"]):
+        with (
+            open("/dev/full", "w") as full,
+            program("predict", done, *more, "a film", stdout=full) as process,
+        ):
+            said = process.stderr.read().decode()
+            assert process.wait(120) == 1
+        assert said.splitlines() == ["flax-lstm: [Errno 28] No space left on device"]
 
 
 def test_json_is_one_object_a_line_and_all_else_goes_elsewhere(done, tmp_path):
