@@ -77,6 +77,9 @@ def test_sizes_of_0_are_refused():
     params, x = arguments()
     with on("tpu", "TPU v4"):
         assert "above 0 only" in explain(params, x[:0]).reasons["pallas"]
+    with on("cuda", "8.0"):
+        empty = explain(params, x[:0], dtype=jnp.float32)
+        assert "above 0 only" in empty.reasons["cudnn"]
 
 
 def test_float32_on_a_gpu_is_tf32_and_needs_to_be_allowed():
@@ -107,10 +110,11 @@ def test_an_interpreted_kernel_runs_only_where_it_is_asked_for():
     [
         (("cpu", "cpu"), {}, "needs a CUDA device"),
         (("cuda", "9.0"), {"dtype": jnp.bfloat16}, "float32 only"),
+        (("cuda", "9.0"), {"dtype": jnp.float64}, "float32 only"),
         (("cuda", "9.0"), {"resets": jnp.zeros((5, 16), bool)}, "no resets"),
     ],
 )
-def test_why_cudnn_cannot_run(device, options, reason):
+def test_why_cudnn_cannot_run(x64, device, options, reason):
     found = told(*device, asked="cudnn", **{"dtype": jnp.float32, **options})
     assert found.implementation is None
     assert reason in found.reasons["cudnn"]

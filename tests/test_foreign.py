@@ -261,10 +261,11 @@ def test_none_chooses_it_where_it_can_run():
     ("arguments", "message"),
     [
         ({"dtype": jnp.bfloat16}, "float32 only"),
-        ({"steps": 0}, "above 0 only"),
+        ({"dtype": jnp.float64}, "float32 only"),
+        ({"dtype": jnp.float32, "steps": 0}, "above 0 only"),
     ],
 )
-def test_what_it_cannot_do_is_refused_with_the_reason(arguments, message):
+def test_what_it_cannot_do_is_refused_with_the_reason(x64, arguments, message):
     params, x, _, _ = inputs_of(SHAPES["odd"], lengths=False, resets=False)
     x = x[: arguments.pop("steps", None)]
     with pytest.raises(NotImplementedError, match=message):

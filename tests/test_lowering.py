@@ -106,6 +106,7 @@ def test_under_pmap_each_device_runs_its_rows(given):
 
     axes = {"x": 1, "lengths": 0, "resets": 1}
     run = jax.pmap(gradient, "rows", in_axes=(None, axes), devices=jax.devices()[:4])
+    assert run.lower(params, parts).as_text().count("@flax_lstm_cpu_backward") == 1
     got = jax.tree.map(lambda leaf: leaf[0], run(params, parts))
     close(got, jax.grad(loss)(params, batch))
 

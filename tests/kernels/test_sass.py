@@ -64,6 +64,7 @@ def test_a_jump_back_from_code_moved_out_of_the_way_makes_no_loop(sass):
         "@!P3 BRA `(.L_x_9)",
         "BRA `(.L_x_1)",
     )
+    assert sorted(map(len, sass.loops(sass.blocks(kernel)))) == [1, 1, 4]
     # tanh, two branches; the wait: a try, a branch, and the jump back
     assert sass.time_loop(kernel) == 6
 
