@@ -4,7 +4,8 @@ To add a kernel, or a shape of one, add a row to `TPU` or `HOPPER` below, run
 `python experiments/compile_kernels.py --only TARGET --kernel TEXT --write`, and commit
 `kernels/budgets.csv` with it. The first word or two of a row say what is called:
 
-    forward, backward      functions of `flax_lstm_kernels.tpu`
+    forward, backward      functions of `flax_lstm_kernels.tpu`, with `keep=True`
+    inference              the former with `keep=False`
     NAME forward           `flax_lstm_kernels.gpu.forward` with `keep=True`, what
                            training runs, by the plan that `PLANNERS[NAME]` of
                            `flax_lstm_kernels.gpu.plan` makes
@@ -47,19 +48,26 @@ def cases(
     ]
 
 
-# Sizes at which weights stay, and are streamed, on some target or other.
-TPU = cases(
-    ("forward", "backward"),
-    (
-        ("bfloat16", (1024, 16, 256, 256)),
-        ("float32", (40, 3, 5, 130)),  # nothing fits the lanes
-        ("bfloat16", (244, 256, 300, 128)),
-        ("bfloat16", (64, 64, 512, 512)),
-        ("bfloat16", (128, 128, 1024, 1024)),
-        ("bfloat16", (64, 64, 256, 2048)),
-        ("float32", (64, 64, 256, 2048)),
+TPU = [
+    # Sizes at which weights stay, and are streamed, on some target or other.
+    *cases(
+        ("forward", "backward"),
+        (
+            ("bfloat16", (1024, 16, 256, 256)),
+            ("float32", (40, 3, 5, 130)),  # nothing fits the lanes
+            ("bfloat16", (244, 256, 300, 128)),
+            ("bfloat16", (64, 64, 512, 512)),
+            ("bfloat16", (128, 128, 1024, 1024)),
+            ("bfloat16", (64, 64, 256, 2048)),
+            ("float32", (64, 64, 256, 2048)),
+        ),
     ),
-)
+    # Inputs that are read in either other order.
+    *cases(
+        ("inference",),
+        (("bfloat16", (244, 256, 300, 128)), ("float32", (64, 256, 100, 128))),
+    ),
+]
 
 HOPPER = [
     # The layers of the tutorial; two eights of rows; as many rows as one SM can take at

@@ -35,7 +35,7 @@ from flax_lstm_kernels.tpu.arrange import (
     reset_bits,
 )
 from flax_lstm_kernels.tpu.grid import Grid, product
-from flax_lstm_kernels.tpu.plan import LANES, Plan
+from flax_lstm_kernels.tpu.plan import ITB, LANES, TBI, TIB, Plan
 
 
 def project(x: Any, kernel: Any, bias: Any) -> Any:
@@ -46,6 +46,18 @@ def project(x: Any, kernel: Any, bias: Any) -> Any:
     steps, rows, inputs = x.shape
     z = product(x.reshape(steps * rows, inputs), kernel)
     return (z + jnp.broadcast_to(bias, z.shape)).reshape(steps, rows, z.shape[-1])
+
+
+def in_order(x: Any, order: int) -> Any:
+    """Gives `[T, B, I]` another order; a change of names where it lies so."""
+    return x.transpose({TBI: (0, 1, 2), TIB: (0, 2, 1), ITB: (2, 0, 1)}[order])
+
+
+def turned_back(x: Any, order: int) -> Any:
+    """Undoes `in_order`, of a block and in two steps: Mosaic swaps neighbours."""
+    if order == ITB:
+        x = jnp.swapaxes(x, 0, 1)
+    return x if order == TBI else jnp.swapaxes(x, 1, 2)
 
 
 def body(ends_ref, *refs, plan: Plan, grid: Grid, keep: bool, cuts: bool):
@@ -83,7 +95,8 @@ def body(ends_ref, *refs, plan: Plan, grid: Grid, keep: bool, cuts: bool):
     @pl.when(here.running)
     def run():
         if plan.fused:
-            z_ref[...] = project(source_ref[...], kernel_ref[...], bias_ref[...])
+            x = turned_back(source_ref[...], plan.order)
+            z_ref[...] = project(x, kernel_ref[...], bias_ref[...])
         lengths = lengths_ref[...]
         bits = None if resets_ref is None else resets_ref[0]
 
@@ -166,7 +179,7 @@ def forward_pass(
     aliases = {}
     if plan.fused:
         operands += [
-            (inputs, grid.sequence(size_in, read=True)),
+            (in_order(inputs, plan.order), grid.inputs(size_in)),
             (wide_kernel, grid.whole(wide_kernel.shape)),
             (wide_bias, grid.whole(wide_bias.shape)),
         ]

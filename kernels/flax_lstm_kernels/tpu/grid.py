@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flax_lstm_kernels.tpu.plan import Plan
+from flax_lstm_kernels.tpu.plan import TBI, TIB, Plan
 
 
 def product(left: Any, right: Any) -> Any:
@@ -93,6 +93,20 @@ class Grid(NamedTuple):
 
         shape = (self.plan.steps, self.plan.rows, width)
         return pl.BlockSpec(shape, self._read if read else written)
+
+    def inputs(self, width: int) -> pl.BlockSpec:
+        """Blocks of the inputs `[T, B, width]`, in the plan's order."""
+
+        def read(tile, iteration, panel, ends):
+            number, tile, _ = self._read(tile, iteration, panel, ends)
+            return (number, 0, tile) if self.plan.order == TIB else (0, number, tile)
+
+        steps, rows = self.plan.steps, self.plan.rows
+        if self.plan.order == TBI:
+            return self.sequence(width, read=True)
+        if self.plan.order == TIB:
+            return pl.BlockSpec((steps, width, rows), read)
+        return pl.BlockSpec((width, steps, rows), read)
 
     def bits(self) -> pl.BlockSpec:
         """Blocks of the packed resets `[iterations, B, 1]`."""

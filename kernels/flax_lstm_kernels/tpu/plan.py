@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax_lstm_kernels.tuning import Key, find
 
 LANES = 128
+TBI, TIB, ITB = range(3)  # orders of the inputs
 # VMEM bytes of one core, by `device_kind`; jax.experimental.pallas.tpu.TpuInfo.
 VMEM = {
     "TPU v4": 16 << 20,
@@ -45,6 +46,8 @@ class Plan(NamedTuple):
       units: Hidden units in one panel.
       fused: The inputs are multiplied inside the kernel, not by XLA before it.
       streamed: The recurrent weights pass through VMEM at every step.
+      order: How the inputs lie in memory: as `[T, B, I]`, or, fused only and turned
+        inside, as `[T, I, B]` or `[I, T, B]`.
     """
 
     rows: int
@@ -52,6 +55,7 @@ class Plan(NamedTuple):
     units: int
     fused: bool
     streamed: bool
+    order: int = TBI
 
 
 class Sizes(NamedTuple):
@@ -107,12 +111,60 @@ def vmem_bytes(which: Pass, sizes: Sizes, plan: Plan) -> int:
         blocks += 2 * cells * (4 * 4 + 4)
     if plan.fused:
         weights += (up(sizes.inputs, 32 // item) * item + 8 * 4) * 4 * hidden
-        blocks += 2 * plan.steps * rows * up(sizes.inputs, LANES) * item
+        inputs = plan.steps * rows * up(sizes.inputs, LANES)
+        if plan.order != TBI:
+            wide = up(plan.rows, LANES)
+            if plan.order == TIB:
+                inputs = plan.steps * up(sizes.inputs, 32 // item) * wide
+            else:
+                inputs = sizes.inputs * up(plan.steps, 32 // item) * wide
+        blocks += 2 * inputs * item
         if not sizes.keep:
             blocks += cells * 4 * 4
     else:
         blocks += 2 * cells * 4 * 4
     return weights + masks + state + panel + blocks
+
+
+def sublanes(size: int, itemsize: int) -> int:
+    """Rounds up as the compiler does an axis next to the last: small ones not to 8."""
+    least = 4 // itemsize
+    while least < min(size, 8):
+        least *= 2
+    return up(size, least)
+
+
+def order(sizes: Sizes) -> int:
+    """Returns the order in which the inputs take the least memory.
+
+    The compiler has an argument of the program so, and would copy all of it for a
+    kernel that wants another. Not for training: what an embedding makes is `[T, B, I]`,
+    and would be copied.
+
+    >>> order(Sizes(244, 256, 300, 128, 2, keep=False)) == TIB
+    True
+    """
+    steps, rows, inputs, _, item, keep = sizes
+    elements = {
+        TBI: steps * sublanes(rows, item) * up(inputs, LANES),
+        TIB: steps * sublanes(inputs, item) * up(rows, LANES),
+        ITB: inputs * sublanes(steps, item) * up(rows, LANES),
+    }
+    return TBI if keep else min(elements, key=lambda key: elements[key])
+
+
+def turned(plan: Plan, order: int, sizes: Sizes, kind: str | None) -> Plan:
+    """Returns the plan with the inputs in another order, or as it is.
+
+    A block's last two axes are whole ones of the array, or multiples of 128 and 8.
+    """
+    if order == TBI or (plan.rows != sizes.rows and plan.rows % LANES):
+        return plan
+    if sizes.itemsize == 4 and plan.rows > LANES and kind in (None, "TPU v4"):
+        return plan  # the compiler for v4 spills 5 MiB
+    # All steps of an iteration are turned at once; ITB wants their sublanes full.
+    plan = plan._replace(steps=min(8, sizes.steps))
+    return plan._replace(order=order)
 
 
 def plans(which: Pass, sizes: Sizes, kind: str | None) -> list[Plan]:
@@ -125,6 +177,9 @@ def plans(which: Pass, sizes: Sizes, kind: str | None) -> list[Plan]:
     rows = sizes.rows
     if rows > whole:
         rows = up(-(-rows // count), whole)
+    best = order(sizes) if which == "forward" else TBI
+    if best != TBI and rows % LANES and sizes.rows % LANES == 0:
+        rows = LANES  # rather than 192 of 384: blocks have whole lanes
     steps = MAX_STEPS
     while steps > 4 and steps * rows * hidden > 8 * 64 * 512:
         steps //= 2
@@ -145,7 +200,8 @@ def plans(which: Pass, sizes: Sizes, kind: str | None) -> list[Plan]:
                 even = -(-sizes.steps // -(-sizes.steps // length))
                 for units in widths if streamed else widths[:1]:
                     if which == "forward" and not streamed and tile % whole == 0:
-                        found.append(Plan(tile, even, units, True, streamed))
+                        fused = Plan(tile, even, units, True, streamed)
+                        found += [turned(fused, best, sizes, kind), fused]
                     found.append(Plan(tile, even, units, False, streamed))
     return found
 
