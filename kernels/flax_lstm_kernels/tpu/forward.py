@@ -10,6 +10,8 @@ Weights  Stay in VMEM for the whole run and are one block, with its panels in a 
 Inputs   Multiplied inside, all steps of an iteration in one product, where W fits too:
          what passes through memory is then x, not the four times wider z. Else by XLA
          before; the gates then take the place of z in memory.
+         Kept in the order that the plan says, and turned inside: the compiler has those
+         of no whole lanes with the rows in its lanes, and would make a copy of them.
 Ends     Nothing is filled up along T and B: blocks may stand over, rows do not mix, and
          steps past a row's length are masked. Tiles that have ended are skipped.
 Numerics Operands of the products in the computation dtype (float32 in full precision,

@@ -46,8 +46,8 @@ class Plan(NamedTuple):
       units: Hidden units in one panel.
       fused: The inputs are multiplied inside the kernel, not by XLA before it.
       streamed: The recurrent weights pass through VMEM at every step.
-      order: How the inputs lie in memory: as `[T, B, I]`, or, fused only and turned
-        inside, as `[T, I, B]` or `[I, T, B]`.
+      order: How the inputs lie in memory: as `[T, B, I]` (0), or, fused only and turned
+        inside, as `[T, I, B]` (1) or `[I, T, B]` (2).
     """
 
     rows: int
@@ -142,6 +142,8 @@ def order(sizes: Sizes) -> int:
     and would be copied.
 
     >>> order(Sizes(244, 256, 300, 128, 2, keep=False)) == TIB
+    True
+    >>> order(Sizes(64, 256, 300, 128, 2, keep=False)) == ITB
     True
     """
     steps, rows, inputs, _, item, keep = sizes
