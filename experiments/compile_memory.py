@@ -35,23 +35,36 @@ IMPLEMENTATIONS = ("pallas", "scan", "xla")
 
 def rows_of(target: str) -> None:
     """Compiles in this process for one target; prints a row for each program."""
-    import jax
-    from flax_lstm_kernels.target import on
-
     place = TARGETS[target][0].sharding(target)
     for shape in SHAPES:
         for lengths in (False, True):
             for mode in ("forward", "gradient"):
                 for name in IMPLEMENTATIONS:
-                    function, arguments = program(shape, name, mode, place)
-                    given = arguments if lengths else arguments[:2]
-                    with on(*KINDS[target]):
-                        compiled: Any = jax.jit(function).lower(*given).compile()
                     row = {"target": target, "dtype": "bfloat16"}
                     row |= dict(zip("TBIH", shape, strict=True))
                     row |= {"lengths": lengths, "mode": mode, "implementation": name}
-                    peak = compiled.memory_analysis().peak_memory_in_bytes
-                    print(json.dumps(row | {"peak_mib": f"{peak / 2**20:.1f}"}))
+                    peak = peak_mib(target, shape, name, mode, place, lengths=lengths)
+                    print(json.dumps(row | {"peak_mib": f"{peak:.1f}"}))
+
+
+def peak_mib(
+    target: str,
+    shape: tuple[int, ...],
+    name: str,
+    mode: str,
+    place: Any,
+    *,
+    lengths: bool,
+) -> float:
+    """Compiles in this process; returns the peak."""
+    import jax
+    from flax_lstm_kernels.target import on
+
+    function, arguments = program(shape, name, mode, place)
+    given = arguments if lengths else arguments[:2]
+    with on(*KINDS[target]):
+        compiled: Any = jax.jit(function).lower(*given).compile()
+    return compiled.memory_analysis().peak_memory_in_bytes / 2**20
 
 
 def program(shape: tuple[int, ...], name: Any, mode: str, place: Any) -> Any:

@@ -38,6 +38,7 @@ from flax_lstm_kernels.gpu.arrange import (
 from flax_lstm_kernels.gpu.common import as_operand
 from flax_lstm_kernels.gpu.pieces import in_pieces, piece_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
+from flax_lstm_kernels.gpu.slabs import slabs_out_in
 
 __all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
 
@@ -46,6 +47,13 @@ FORWARD = {
     "cluster": cluster.forward_pass,
     "grid": grid.forward_pass,
     "step": step.forward_pass,
+}
+# How a kernel forward reads the recurrent weights: once for all pieces.
+ARRANGED = {
+    "single": lambda weights: weights,
+    "cluster": cluster.weights_of_pairs,
+    "grid": slabs_out_in,
+    "step": slabs_out_in,
 }
 BACKWARD = {
     "single": single_backward.backward_pass,
@@ -102,7 +110,7 @@ def forward(
     Raises:
       NotImplementedError: If no kernel can run.
     """
-    steps, rows, _ = inputs.shape
+    steps, rows, inner = inputs.shape
     hidden, dtype = h.shape[1], inputs.dtype
     if plan is None:
         sizes = Sizes(
@@ -111,6 +119,7 @@ def forward(
         plan = choose(sizes)
     filled, size = up(rows, plan.rows), plan.size(hidden)
     weights = weights_out_in(as_operand(recurrent_kernel, dtype), size)
+    weights = ARRANGED[plan.kernel](weights)
 
     def run(inputs: Array, *others: Array) -> tuple[Array, ...]:
         c, h, lengths, resets = others
@@ -138,7 +147,7 @@ def forward(
         gates = gates_joined(gates[:, :rows], hidden)
         before = before[:, :rows, :hidden]
     else:
-        at_once = piece_steps(steps, filled, size, dtype.itemsize)
+        at_once = piece_steps(steps, filled, inner, size, dtype.itemsize)
         hs, c, h = in_pieces(run, inputs, *others, size=at_once, reverse=reverse)
         gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
         before = jnp.zeros((0, 0, hidden), jnp.float32)

@@ -192,7 +192,7 @@ def forward_pass(
         plgpu.Barrier(num_arrivals=2 * team.groups + 1, num_barriers=team.in_block),
         team.barriers(copies),
     ]
-    operands = [weights_of_pairs(weights), c, h, as_operand(h, dtype)]
+    operands = [weights, c, h, as_operand(h, dtype)]
     operands += tile_masks(lengths, resets, rows)
     run = compat.kernel(
         partial(

@@ -36,12 +36,7 @@ from flax_lstm_kernels.gpu.flags import Flags, Slots
 from flax_lstm_kernels.gpu.plan import Plan, blocks_at_once, tiles_at_once
 from flax_lstm_kernels.gpu.slab_backward import GROUP, Backward, Carry
 from flax_lstm_kernels.gpu.slab_forward import Forward
-from flax_lstm_kernels.gpu.slabs import (
-    UNITS,
-    Block,
-    Cut,
-    slabs_out_in,
-)
+from flax_lstm_kernels.gpu.slabs import UNITS, Block, Cut
 
 
 def each_tile(ends: Any, at_once: int, tile: Callable[[Any, Any, Any], Any]) -> None:
@@ -250,7 +245,7 @@ def forward_pass(
     _, filled, _, size = gates.shape
     dtype = weights.dtype
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=True)
-    operands = [slabs_out_in(weights), c, tile_ends(lengths, plan.rows)]
+    operands = [weights, c, tile_ends(lengths, plan.rows)]
     operands += masks(lengths, resets)
     run = launch(
         partial(forward_body, reverse=reverse, keep=keep, cuts=bool(resets.size)),

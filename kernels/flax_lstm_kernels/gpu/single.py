@@ -198,7 +198,8 @@ def forward_pass(
 
     Args:
       gates: `[T, N, 4, P]` before activation, from `projected`.
-      weights: `[4, P, P]` in the computation dtype, from `weights_out_in`.
+      weights: In the computation dtype, from `weights_out_in`, and then as the kernel
+        reads them; see `ARRANGED` of `flax_lstm_kernels.gpu`.
       c: `[N, P]` in float32.
       h: `[N, P]` in the computation dtype.
       lengths: int32 `[N]`.

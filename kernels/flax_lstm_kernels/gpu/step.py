@@ -29,12 +29,7 @@ from flax_lstm_kernels.gpu.flags import Launches
 from flax_lstm_kernels.gpu.plan import Plan
 from flax_lstm_kernels.gpu.slab_backward import GROUP, Backward, Carry
 from flax_lstm_kernels.gpu.slab_forward import Forward
-from flax_lstm_kernels.gpu.slabs import (
-    UNITS,
-    Block,
-    Cut,
-    slabs_out_in,
-)
+from flax_lstm_kernels.gpu.slabs import UNITS, Block, Cut
 
 NONE = Launches()
 
@@ -154,7 +149,7 @@ def forward_pass(
     steps, filled, _, size = gates.shape
     dtype = weights.dtype
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=False)
-    given = [slabs_out_in(weights), tile_ends(lengths, plan.rows)]
+    given = [weights, tile_ends(lengths, plan.rows)]
     given += masks(lengths, resets)
     body = partial(forward_body, keep=keep, cuts=bool(resets.size))
     run = launch(body, "forward", cut, filled, interpret)
