@@ -110,7 +110,7 @@ def forward(
     Raises:
       NotImplementedError: If no kernel can run.
     """
-    steps, rows, inner = inputs.shape
+    steps, rows, _ = inputs.shape
     hidden, dtype = h.shape[1], inputs.dtype
     if plan is None:
         sizes = Sizes(
@@ -147,7 +147,7 @@ def forward(
         gates = gates_joined(gates[:, :rows], hidden)
         before = before[:, :rows, :hidden]
     else:
-        at_once = piece_steps(steps, filled, inner, size, dtype.itemsize)
+        at_once = piece_steps(steps, filled, size, dtype.itemsize)
         hs, c, h = in_pieces(run, inputs, *others, size=at_once, reverse=reverse)
         gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
         before = jnp.zeros((0, 0, hidden), jnp.float32)

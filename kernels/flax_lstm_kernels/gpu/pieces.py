@@ -1,18 +1,15 @@
 """Inference piece by piece, so that the projected inputs of a piece are all there are.
 
 x W + b of all steps is four times as wide as the outputs, and nothing of it is kept: a
-scan has it of one step only. A piece takes a copy of its inputs besides. The state goes
-from one to the next.
+scan has it of one step only. The state goes from one piece to the next.
 
-A piece costs eight launches: the copy, the product, masks, the kernel, which fetches
-its weights, hs, c and h put in their places, a counter. An estimate, not measured: 16
-microseconds, as long as 16 steps of `single`. The 49 pieces of the tutorial's first
-layer then take as long as 800 steps, beside the 244 of its own: three to four times
-what pieces of 60 steps would take, for 22 MiB less. Where that is not worth it, `SHARE`
-is what to change.
+A piece costs eight launches: a copy of its inputs, the product, masks, the kernel,
+which fetches its weights, hs, c and h put in their places, a counter. An estimate, not
+measured: 16 microseconds, as long as 16 steps of `single`. Pieces of 5 steps would take
+no more memory than a scan in the tutorial's first layer, 22 MiB less, and three times
+as long; so a piece has many.
 
-Axes     T time, N batch in whole tiles, P hidden size in whole groups of units, I
-         input size.
+Axes     T time, N batch in whole tiles, P hidden size in whole groups of units.
 """
 
 from collections.abc import Callable
@@ -22,31 +19,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-# Of the inputs and outputs of all steps, what a piece takes at most. Of the tutorial's
-# 244 steps that is less than what a scan has of one: its gates in float32, five times
-# over, as XLA splits up the sum of its product where it has timed nothing.
-SHARE = 1 / 24
+# Steps that a piece has at least: its launches are a quarter of them, by estimate.
+LEAST = 60
 # Bytes that the projected inputs of a piece take at least, where there are as many:
 # less is not worth a launch.
-PROJECTED = 1 << 19
+PROJECTED = 4 << 20
 
 
-def piece_steps(steps: int, rows: int, inputs: int, size: int, itemsize: int) -> int:
+def piece_steps(steps: int, rows: int, size: int, itemsize: int) -> int:
     """Returns the steps of a piece; all have as many, but for the last.
 
     Args:
       steps: T.
       rows: N.
-      inputs: I.
       size: P.
       itemsize: Bytes of the computation dtype.
 
-    >>> piece_steps(244, 256, 300, 128, 2), piece_steps(1024, 16, 256, 256, 2)
-    (5, 17)
+    >>> piece_steps(244, 256, 128, 2), piece_steps(1024, 16, 256, 2)
+    (61, 128)
     """
-    share = int(SHARE * steps * (inputs + size) / (inputs + 4 * size))
-    most = max(1, share, PROJECTED // (rows * 4 * size * itemsize))
-    return -(-steps // -(-steps // most))
+    least = max(LEAST, PROJECTED // (rows * 4 * size * itemsize))
+    return -(-steps // max(1, steps // least))
 
 
 def in_pieces(
