@@ -6,6 +6,7 @@ Order Devices are taken in JAX's order, process by process, model fastest.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from flax_lstm.config import ModelConfig, UserError
 
 DATA, MODEL = "data", "model"
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+"""Of XLA_FLAGS: exchanges of CPUs that wait for nothing come in one order everywhere.
+
+As an option of one program it is forgotten when that is read from the compilation
+cache (seen with jaxlib 0.10.2), so that it must be there when the process starts."""
 FORM = re.compile(r"data=([1-9]\d*)(?:,model=([1-9]\d*))?")
 
 
@@ -52,9 +58,11 @@ def check_mesh(text: str | None, devices: Sequence[Any]) -> None:
     """Refuses a mesh that these devices cannot train on.
 
     Raises:
-      UserError: As `mesh_sizes`, or if CPUs of several processes would share `model`:
-        seen with jaxlib 0.10.2, Gloo gave one exchange the data of another that was
-        under way at once, and ended the run, or it hung.
+      UserError: As `mesh_sizes`, or if CPUs would share `model`. Of several processes:
+        Gloo gave one exchange the data of another that was under way at once, and
+        ended the run, or it hung. Of one process without `IN_ORDER`: its devices began
+        different exchanges, each holding a thread that the others needed, until XLA
+        ended the process after a minute. Both were seen with jaxlib 0.10.2.
     """
     _, model = mesh_sizes(text, len(devices))
     processes = {device.process_index for device in devices}
@@ -64,6 +72,13 @@ def check_mesh(text: str | None, devices: Sequence[Any]) -> None:
             f"{len(processes)} processes on CPUs, whose library, Gloo, mixes up "
             "exchanges that are under way at once; give data=N alone, or one process, "
             "or use GPUs or TPUs."
+        )
+    flags = os.environ.get("XLA_FLAGS", "")
+    if model > 1 and devices[0].platform == "cpu" and IN_ORDER not in flags.split():
+        raise UserError(
+            f"mesh {text} would spread units and word vectors over devices of a CPU, "
+            "which may then wait for each other for ever; start again with "
+            f"XLA_FLAGS='{' '.join([*flags.split(), IN_ORDER])}', or give data=N alone."
         )
 
 

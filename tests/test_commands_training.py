@@ -1,6 +1,7 @@
 """`flax-lstm train`: what it prints, and how it is stopped."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from command_lines import SMALL, error_of, program, settings
 
 from flax_lstm import cli, run
 from flax_lstm.finite import NonFiniteLossError
+from flax_lstm.mesh import IN_ORDER
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
 
@@ -148,3 +150,13 @@ def test_what_belongs_to_resuming_is_refused_without_it(capsys, tmp_path):
     assert "--cast-dtype is for --resume" in said
     assert "--auto-resume" in error_of(capsys, "train", "--auto-resume")
     assert not (tmp_path / "r").exists()
+
+
+def test_a_mesh_of_one_cpu_trains_where_its_exchanges_come_in_order(tmp_path):
+    argv = ("train", *SMALL, "--mesh", "data=2,model=2", "--out", str(tmp_path / "run"))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    for flags, code in (("", 2), (IN_ORDER, 0)):
+        child = program(*argv, env=environment | {"XLA_FLAGS": flags})
+        out, err = child.communicate(timeout=300)
+        assert child.returncode == code, err.decode()
+    assert b"on 4 x cpu" in out

@@ -48,11 +48,21 @@ def test_a_mesh_takes_the_first_devices_model_fastest():
 
 
 def test_cpus_of_several_processes_do_not_share_units():
-    mesh.check_mesh("data=2,model=2", devices(0, 0, 0, 0))
     mesh.check_mesh("data=4", devices(0, 0, 1, 1))
     mesh.check_mesh("data=2,model=2", devices(0, 0, 1, 1, platform="gpu"))
     with pytest.raises(UserError, match="give data=N alone"):
         mesh.check_mesh("data=2,model=2", devices(0, 0, 1, 1))
+
+
+def test_cpus_share_units_only_where_their_exchanges_come_in_order(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--one --two=3")
+    mesh.check_mesh("data=4,model=1", devices(0, 0, 0, 0))
+    mesh.check_mesh("data=1,model=2", devices(0, 0, platform="tpu"))
+    told = f"XLA_FLAGS='--one --two=3 {mesh.IN_ORDER}'"
+    with pytest.raises(UserError, match=told):
+        mesh.check_mesh("data=1,model=2", devices(0, 0))
+    monkeypatch.setenv("XLA_FLAGS", f"{mesh.IN_ORDER} --one")
+    mesh.check_mesh("data=2,model=2", devices(0, 0, 0, 0))
 
 
 def test_no_process_may_be_left_without_a_device():
