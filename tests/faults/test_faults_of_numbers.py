@@ -247,7 +247,10 @@ def test_few_examples_and_a_batch_beyond_the_data(tmp_path, count):
 def test_metrics_are_exact_over_partial_batches_and_devices(
     trained, parallel, batch_size
 ):
-    """Counts against those of the scores of all rows, one by one, in NumPy."""
+    """Counts against those of the scores of all rows, one by one, in NumPy.
+
+    Every third label is turned, so that there is something of each of the four kinds.
+    """
     result, _ = trained
     config = dataclasses.replace(
         result.config,
@@ -256,6 +259,9 @@ def test_metrics_are_exact_over_partial_batches_and_devices(
     )
     corpus = data.load(config.data, config.training.seed, result.tokenizer)
     examples = corpus.parts["train"]
+    turned = np.arange(len(examples)) % 3 == 0
+    labels = np.abs(np.asarray(examples.labels) - turned).astype(np.float32)
+    examples = dataclasses.replace(examples, labels=labels)
     _, apply = run.classifier(config.model, result.tokenizer.vocabulary_size)
     program = train.parallelize(
         apply, train.make_optimizer(config.training, 1), config.training
@@ -267,11 +273,15 @@ def test_metrics_are_exact_over_partial_batches_and_devices(
     got = train.evaluate(program.eval_step, placed.params, source)
     texts = corpus.texts["train"]
     scores = np.array([one.score for one in result.predict(texts)])
-    labels = np.asarray(examples.labels)
     right = np.round(scores) == labels
     assert got["count"] == len(labels) == 64
-    assert got["true_positives"] == np.sum(right & (labels == 1))
-    assert got["true_negatives"] == np.sum(right & (labels == 0))
+    for name, these in (
+        ("true_positives", right & (labels == 1)),
+        ("true_negatives", right & (labels == 0)),
+        ("false_positives", ~right & (labels == 0)),
+        ("false_negatives", ~right & (labels == 1)),
+    ):
+        assert got[name] == np.sum(these) > 0, name
     assert got["accuracy"] == right.mean()
     # Float32 squares, summed by batches and devices.
     assert got["loss"] == pytest.approx(np.mean((scores - labels) ** 2), rel=1e-5)
