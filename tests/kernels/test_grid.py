@@ -6,6 +6,8 @@ so that it is off; `test_step.py` has it watch the same phases. There are four b
 one group: more wait for too long on two cores. `test_step.py` has two groups.
 """
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,8 @@ from flax_lstm_kernels.gpu.plan import (
     tiles_at_once,
     up,
 )
-from flax_lstm_kernels.gpu.slabs import Cut
+from flax_lstm_kernels.gpu.slab_backward import GROUP
+from flax_lstm_kernels.gpu.slabs import UNITS, Cut
 from gpu_problems import BARS, judge, lowered, problem, run
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
@@ -109,3 +112,78 @@ def test_too_many_units_have_a_reason():
     assert "no more than 128 are sure to run at once" in plan_grid(
         Sizes("forward", 1, 1, 2049, 2)
     )
+
+
+class Given:
+    """Any argument of a kernel: of three tiles, each of which has two steps."""
+
+    shape, dtype = (3,), jnp.dtype("float32")
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, place):
+        return 2 if isinstance(place, int) else self
+
+
+class Counting:
+    """Stands in for a block and its flags; notes signals so far at every wait."""
+
+    def __init__(self):
+        self.signals, self.waits = Counter(), []
+
+    def signal(self, flag):
+        self.signals[int(flag)] += 1
+
+    def wait(self, flag, count):
+        self.waits.append((int(flag), self.signals[int(flag)], int(count)))
+
+    def load(self, *_):
+        return jnp.zeros((1, 1))
+
+    def turned(self, _):
+        return [jnp.zeros((1, 1))] * GROUP
+
+    def nothing(self, *_):
+        pass
+
+    per_row, keep_weights, product, store = load, nothing, nothing, nothing
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "waits"),
+    [
+        (grid.forward_body, {"keep": False}, 2),
+        (grid.backward_body, {}, 2 * 2 + 1),
+    ],
+    ids=["forward", "backward"],
+)
+def test_what_is_waited_for_grows_from_tile_to_tile(body, options, waits, monkeypatch):
+    """Each wait is for all blocks to have signalled as often as the one that waits.
+
+    So has the model of `test_flags.py`, of one tile.
+    """
+    blocks, found = 8, Counting()
+
+    def loop(start, end, step, carry):
+        for n in range(start, end):
+            carry = step(n, carry)
+        return carry
+
+    monkeypatch.setattr(grid.lax, "fori_loop", loop)
+    monkeypatch.setattr(grid.lax, "axis_index", lambda name: 0)
+    monkeypatch.setattr(grid, "Block", lambda *_: found)
+    body(
+        *[Given()] * 20,
+        cut=Cut(8, blocks * UNITS, jnp.float32, 1, resident=True),
+        at_once=1,
+        reverse=False,
+        cuts=False,
+        plain=True,
+        make_flags=lambda: found,
+        **options,
+    )
+    assert len(found.waits) == 3 * waits
+    for flag, signals, count in found.waits:
+        assert count == signals * (GROUP if flag else blocks)
