@@ -84,7 +84,12 @@ def compiled(case: Case, place: Any, dump: Path) -> dict[str, Any]:
     import jax.numpy as jnp
     from flax_lstm_kernels import gpu
     from flax_lstm_kernels.gpu.plan import PLANNERS, Sizes
+    from flax_lstm_kernels.gpu.project import Cut
 
+    if case.computes == "project":
+        lowered(case, gpu, place).compile()
+        cut = Cut.of(case.B, case.I, jnp.dtype(case.dtype).itemsize)
+        return {"plan": f"rows={cut.rows} vector={cut.vector}"} | costs(dump)
     backward = case.computes == "backward"
     sizes = Sizes(
         "backward" if backward else "forward",

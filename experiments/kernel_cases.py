@@ -11,8 +11,9 @@ To add a kernel, or a shape of one, add a row to `TPU` or `HOPPER` below, run
                            `flax_lstm_kernels.gpu.plan` makes
     NAME inference         the same with `keep=False`
     NAME backward          `flax_lstm_kernels.gpu.backward`, likewise
+    project                `project` of `flax_lstm_kernels.gpu.project`
 
-All are called with lengths and resets.
+All but the last are called with lengths and resets.
 
 Axes     T time, B batch, I input size, H hidden size, G = 4H.
 """
@@ -35,7 +36,7 @@ class Case:
 
     @property
     def computes(self) -> str:
-        """Returns "forward", "inference" or "backward"."""
+        """Returns "forward", "inference", "backward" or "project"."""
         return self.kernel.split()[-1]
 
 
@@ -107,6 +108,15 @@ HOPPER = [
             ("float32", (40, 3, 5, 1100)),  # nothing fits the tiles
         ),
     ),
+    # Rows of whole 8 bytes, of whole 16, and of 2.
+    *cases(
+        ("project",),
+        (
+            ("bfloat16", (244, 256, 300, 128)),
+            ("float32", (244, 256, 300, 128)),
+            ("bfloat16", (64, 20, 33, 128)),
+        ),
+    ),
 ]
 
 
@@ -129,6 +139,9 @@ def functions(
 
     def like(*shape: int, dtype: Any = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    if case.computes == "project":
+        return projection(case, like)
 
     def forward(*arrays: Any) -> Any:
         keep = case.computes != "inference"
@@ -153,6 +166,29 @@ def functions(
         like(*of.shape, dtype=of.dtype) for of in jax.eval_shape(chosen, *arguments)
     )
     return backward, (hs, c, c, gates, before, recurrent_kernel, *masks)
+
+
+def projection(
+    case: Case, like: Callable[..., Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns what `functions` does, of the projection of inputs."""
+    import jax
+    import jax.numpy as jnp
+    from flax_lstm_kernels import compat
+    from flax_lstm_kernels.gpu import project
+    from flax_lstm_kernels.gpu.arrange import UNITS, up
+
+    size = up(case.H, UNITS)
+
+    def run(x: Any, kernel: Any, bias: Any, planes: Any, now: Any) -> Any:
+        ref = compat.in_place(planes)
+        weights = project.weights_of_inputs(kernel, bias, size, x.dtype)
+        project.project(x, weights, ref, now, size=size)
+        return jax.freeze(ref)
+
+    gates, planes = 4 * case.H, like(case.T, up(case.B, 8), size)
+    x, now = like(case.T, case.B, case.I), like(3, dtype=jnp.int32)
+    return run, (x, like(case.I, gates), like(gates), planes, now)
 
 
 def lowered(case: Case, module: Any, sharding: Any, **options: Any) -> Any:

@@ -1,0 +1,378 @@
+"""The projection of inputs on Hopper tensor cores, into planes of a larger buffer.
+
+For k = 0 .. steps-1, n = 0 .. 3:  planes[plane + 4 k + n] = (x[first + k] W + b)[n]
+
+What a product of XLA cannot do: it reads the inputs of a piece of time where they are,
+and writes where there is room, here, in place, and in the order i f g o of gates.
+
+Axes     T time, B batch, I input size, P hidden size in whole 64s; S planes of N rows.
+Grid     (units in 64s, blocks that stay). A tile is `rows` rows of one step; each
+         block has every so-manyth. The last tile of a step ends at its last row; where
+         it overlaps with the one before, the same block has both (`Cut.together`), and
+         writes the same again.
+Threads  One warpgroup, which computes z^T `[64, rows]` of four gates.
+Chunks   Of 32 inputs. The last ends at the last input; what the one before has had of
+         it is set to 0, as are the weights for it (of an Inf, 0 times is NaN).
+Inputs   Go through registers, to be rounded to tf32, and as TMA wants rows of whole
+         16 bytes; by loads no wider than what divides a row. `AHEAD` chunks are
+         on their way while a product runs.
+Weights  Come by TMA, `STAGES` chunks of four gates in a ring that goes on over tiles.
+Barriers One a chunk, `commit_smem`, and one a tile. A thread reaches that of a chunk
+         when its products of two chunks before are done (`wgmma_wait`): so after it the
+         weights of two before may be overwritten, and those inputs before the next one
+         (`TURNS`, three places). What is read of `z_tile` is overwritten at the next
+         tile, a chunk's barrier later.
+Numerics As `single`: operands as tf32; sums and bias in float32, rounded once.
+Measured Not yet run on hardware.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from flax_lstm_kernels import compat
+from flax_lstm_kernels.gpu.arrange import UNITS, fill, gates_apart, up
+from flax_lstm_kernels.gpu.cluster_tiles import WIDTH, tiles
+from flax_lstm_kernels.gpu.common import (
+    Registers,
+    as_operand,
+    plain_product,
+    tiled,
+)
+from flax_lstm_kernels.gpu.plan import BLOCKS
+
+GATES = 4
+EIGHT = 8  # the least rows of a matrix instruction, in which they also come
+MOST_ROWS = 64  # of a tile: of four gates its sums are 128 registers
+STAGES = 4  # chunks of weights
+TURNS = 3  # chunks of inputs in shared memory
+AHEAD = 2  # chunks of inputs in registers
+
+
+class Weights(NamedTuple):
+    """Weights of the inputs as the kernel reads them.
+
+    Attributes:
+      kernel: `[P / 64, chunks, 4, 64, 32]`, as operands.
+      bias: `[P / 64, 4, 64]` in float32.
+    """
+
+    kernel: Array
+    bias: Array
+
+
+def weights_of_inputs(
+    kernel: Float[Array, "I G"], bias: Float[Array, " G"], size: int, dtype: Any
+) -> Weights:
+    """Arranges the weights by group of units and chunk of inputs.
+
+    Args:
+      kernel: Weights of the inputs.
+      bias: Bias.
+      size: P; units are filled up with zeros.
+      dtype: Computation dtype.
+    """
+    wide = gates_apart(as_operand(kernel, dtype), size)
+    wide = fill(wide, 0, max(WIDTH, wide.shape[0]))
+    inner = wide.shape[0]
+    chunks, shared = cut_inputs(inner)
+    new = inner - WIDTH + shared  # where the last chunk goes on
+    nothing = jnp.zeros((shared, *wide.shape[1:]), wide.dtype)
+    wide = jnp.concatenate([wide[:new], nothing, wide[new:]])
+    apart = wide.reshape(chunks, WIDTH, GATES, size // UNITS, UNITS)
+    bias = gates_apart(bias.astype(jnp.float32), size)
+    return Weights(
+        apart.transpose(3, 0, 2, 4, 1),
+        bias.reshape(GATES, size // UNITS, UNITS).swapaxes(0, 1),
+    )
+
+
+def inputs_to_project(inputs: Float[Array, "T B I"]) -> Float[Array, "T K J"]:
+    """Fills up to 8 rows and 32 inputs, where there are fewer; else copies nothing."""
+    _, rows, inner = inputs.shape
+    return fill(fill(inputs, 1, max(rows, EIGHT)), 2, max(inner, WIDTH))
+
+
+def cut_inputs(inner: int) -> tuple[int, int]:
+    """Returns the number of chunks, and how many inputs the last two have both.
+
+    >>> cut_inputs(300), cut_inputs(32)
+    ((10, 20), (1, 0))
+    """
+    chunks = -(-inner // WIDTH)
+    return chunks, chunks * WIDTH - inner
+
+
+class Cut(NamedTuple):
+    """How the inputs are cut up.
+
+    Attributes:
+      batch: B.
+      inner: I.
+      rows: Of a tile.
+      vector: Inputs that a thread loads at once.
+    """
+
+    batch: int
+    inner: int
+    rows: int
+    vector: int
+
+    @classmethod
+    def of(cls, batch: int, inner: int, itemsize: int) -> "Cut":
+        """Chooses for B rows of I inputs.
+
+        >>> Cut.of(256, 300, 2), Cut.of(20, 33, 4)
+        (Cut(batch=256, inner=300, rows=64, vector=4), \
+Cut(batch=20, inner=33, rows=16, vector=1))
+        """
+        rows = up(-(-batch // -(-batch // MOST_ROWS)), 2 * EIGHT)  # tiles alike
+        if rows > batch:
+            rows = batch // EIGHT * EIGHT
+        # A load of 16 bytes at the most, aligned in every row; four warps' rows.
+        fits = (
+            vector
+            for vector in (8, 4, 2)
+            if vector * itemsize <= 16 and inner % vector == 0 == rows % (4 * vector)
+        )
+        return cls(batch, inner, rows, next(fits, 1))
+
+    @property
+    def tiles(self) -> int:
+        """Returns the number of tiles of a step."""
+        return -(-self.batch // self.rows)
+
+    @property
+    def together(self) -> int:
+        """Returns how many tiles in a row a block has: both of two that overlap.
+
+        >>> [Cut.of(rows, 32, 2).together for rows in (128, 100, 129)]
+        [1, 2, 3]
+        """
+        if self.batch % self.rows == 0:
+            return 1
+        return 2 if self.tiles % 2 == 0 else self.tiles
+
+
+def layout(width: int, vector: int) -> Any:
+    """Returns how `[rows, width]` lies in registers, adjacent threads along columns.
+
+    Of one column a thread, half a row: layouts have two rows of a warp at least.
+    """
+    width = min(width, 16 * vector)
+    tall = 32 * vector // width  # rows of a warp at once
+    tiling = plgpu.Tiling(((4 * tall, width), (tall, width), (vector,)))
+    return plgpu.Layout.TILED(
+        tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+    )
+
+
+class Block(NamedTuple):
+    """What a block is given, its scratch, and what it does with it.
+
+    It has the tiles, or as many `together`, from number `first` on that are `apart`.
+    """
+
+    cut: Cut
+    registers: Registers
+    group: Any
+    first: Any
+    apart: int
+    now: tuple[Any, Any, Any]
+    planes: Any
+    inputs: Any
+    kernel: Any
+    bias: Any
+    x_turns: Any
+    stages: Any
+    z_tile: Any
+    arrived: Any
+
+    def load(self, ref: Any, vector: int) -> Any:
+        """Loads rows, in the layout of their width and `vector`."""
+        if self.registers.plain:
+            return ref[...]
+        return compat.load(ref, layout(ref.shape[-1], vector))
+
+    def place(self, m: Any) -> tuple[Any, Any]:
+        """Returns step, from the first, and rows of the block's m-th tile."""
+        of_step, together = self.cut.tiles, self.cut.together
+        number = self.first + lax.div(m, together) * self.apart
+        number = number * together + lax.rem(m, together)
+        row = jnp.minimum(
+            lax.rem(number, of_step) * self.cut.rows, self.cut.batch - self.cut.rows
+        )
+        return lax.div(number, of_step), pl.ds(row, self.cut.rows)
+
+    def given(self, m: Any, chunk: Any) -> Any:
+        """Loads a chunk of the inputs of the m-th tile."""
+        step, rows = self.place(m)
+        start = jnp.minimum(chunk * WIDTH, self.cut.inner - WIDTH)
+        place = self.inputs.at[self.now[0] + step, rows, pl.ds(start, WIDTH)]
+        return self.load(place, self.cut.vector)
+
+    def operand(self, x: Any, chunk: Any) -> Any:
+        """Turns a chunk as loaded into one to multiply."""
+        chunks, shared = cut_inputs(self.cut.inner)
+        if shared:
+            column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+            if not self.registers.plain:
+                column = plgpu.layout_cast(column, layout(WIDTH, self.cut.vector))
+            before = jnp.where(chunk == chunks - 1, shared, 0)
+            x = jnp.where(column < before, jnp.zeros((), x.dtype), x)
+        return as_operand(x, x.dtype)
+
+    def per_unit(self, ref: Any) -> Any:
+        """Loads `[64]` of global memory, one for each unit, as `[64, rows]`."""
+        if self.registers.plain:
+            value = ref[...]
+        else:
+            value = compat.load(ref, plgpu.Layout.WGMMA.reduce(1))
+        return lax.broadcast_in_dim(value, (UNITS, self.cut.rows), (0,))
+
+    def run(self) -> None:
+        """Projects all tiles of the block."""
+        chunks, _ = cut_inputs(self.cut.inner)
+        together = self.cut.together
+        number = self.now[1] * (self.cut.tiles // together) - self.first
+        mine = lax.div(jnp.maximum(number + self.apart - 1, 0), self.apart) * together
+        total = mine * chunks
+
+        def fetch(count: Any, nothing: None = None) -> None:
+            """Asks for weights; counts chunks of all tiles."""
+            slot = lax.rem(count, STAGES)
+            plgpu.copy_gmem_to_smem(
+                self.kernel.at[self.group, lax.rem(count, chunks)],
+                self.stages.at[slot],
+                self.arrived.at[slot],
+            )
+
+        def given(count: Any) -> Any:
+            """Loads a chunk of the inputs; of those that there are not, the last."""
+            count = jnp.minimum(count, total - 1)
+            return self.given(lax.div(count, chunks), lax.rem(count, chunks))
+
+        def multiply(ahead: Any, m: Any, k: Any, products: Any) -> Any:
+            """Runs `products(weights, x)` of a chunk; returns those ahead, and sums."""
+            count = m * chunks + k
+            turn, slot = lax.rem(count, TURNS), lax.rem(count, STAGES)
+            compat.store(self.x_turns.at[turn], self.operand(ahead[0], k))
+            plgpu.commit_smem()
+            later = count - 2 + STAGES
+            pl.when((count >= 2) & (later < total))(partial(fetch, later))
+            plgpu.barrier_wait(self.arrived.at[slot])
+            found = products(self.stages.at[slot], self.x_turns.at[turn])
+            return (*ahead[1:], given(count + AHEAD)), found
+
+        def sums(ahead: Any, m: Any) -> tuple[Any, Any]:
+            """Returns the next tile's first chunks, and z^T of this one's gates."""
+            gates = range(GATES)
+            if self.registers.plain:
+
+                def add(k: Any, carry: Any) -> Any:
+                    def products(weights: Any, tile: Any) -> Any:
+                        return tuple(
+                            carry[1][n] + plain_product(weights[n], tile[...])
+                            for n in gates
+                        )
+
+                    return multiply(carry[0], m, k, products)
+
+                nothing = jnp.zeros((UNITS, self.cut.rows), jnp.float32)
+                return lax.fori_loop(0, chunks, add, (ahead, (nothing,) * GATES))
+
+            def accumulate(*totals: Any) -> Any:
+                def products(weights: Any, tile: Any) -> None:
+                    for n in gates:
+                        plgpu.wgmma(totals[n], weights.at[n], compat.transposed(tile))
+
+                def add(k: Any, ahead: Any) -> Any:
+                    ahead, _ = multiply(ahead, m, k, products)
+                    plgpu.wgmma_wait(GATES)  # for those of the chunk before
+                    return ahead
+
+                left = lax.fori_loop(0, chunks, add, ahead)
+                return left, tuple(total[...] for total in totals)
+
+            shape = (UNITS, self.cut.rows)
+            total = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+            return pl.run_scoped(accumulate, *(total for _ in gates))
+
+        def tile(m: Any, ahead: Any, bias: list[Any]) -> Any:
+            ahead, z = sums(ahead, m)
+            for n in range(GATES):
+                self.registers.store(self.z_tile.at[n], z[n] + bias[n])
+            plgpu.commit_smem()
+            step, rows = self.place(m)
+            units = pl.ds(self.group * UNITS, UNITS)
+            for n in range(GATES):
+                plane = self.now[2] + GATES * step + n
+                value = self.load(self.z_tile.at[n], 4)
+                compat.store(self.planes.at[plane, rows, units], value)
+            return ahead
+
+        @pl.when(mine > 0)
+        def some() -> None:
+            lax.fori_loop(0, jnp.minimum(STAGES, total), fetch, None)
+            bias = [self.per_unit(self.bias.at[self.group, n]) for n in range(GATES)]
+            ahead = tuple(given(count) for count in range(AHEAD))
+            lax.fori_loop(0, mine, partial(tile, bias=bias), ahead)
+
+
+def body(*refs: Any, cut: Cut, blocks: int, plain: bool) -> None:
+    """Runs one block; see the module."""
+    now, *rest = refs
+    place = lax.axis_index("group"), lax.axis_index("block"), blocks
+    Block(cut, Registers(plain), *place, (now[0], now[1], now[2]), *rest).run()
+
+
+def project(
+    inputs: Float[Array, "T B I"],
+    weights: Weights,
+    planes: Any,
+    now: Int[Array, "3"],
+    *,
+    size: int,
+    interpret: Any = None,
+) -> None:
+    """Writes the projection of some steps, and nothing else, into some planes.
+
+    Args:
+      inputs: In the computation dtype. Copied only as `inputs_to_project` does, which
+        a loop may have done before.
+      weights: From `weights_of_inputs`.
+      planes: `compat.in_place` of `[S, N, P]` in the computation dtype, with N a
+        multiple of 8. Of rows from B on nothing is said.
+      now: First step, number of steps, first plane. Gate n of step k, from the first,
+        goes to plane 4 k + n, from the first.
+      size: P.
+      interpret: Runs on any device: True, or the interpreter's parameters.
+    """
+    inputs = inputs_to_project(inputs)
+    steps, batch, inner = inputs.shape
+    dtype, groups = inputs.dtype, size // UNITS
+    cut = Cut.of(batch, inner, dtype.itemsize)
+    # Of 16 bits, a multiprocessor has room for two.
+    at_once = BLOCKS * (2 if dtype.itemsize == 2 else 1)
+    blocks = min(max(1, at_once // groups), steps * cut.tiles // cut.together)
+    run = compat.kernel(
+        partial(body, cut=cut, blocks=blocks, plain=Registers.of(interpret).plain),
+        out_type=[],
+        scratch_types=[
+            tiles((TURNS, cut.rows, WIDTH), dtype),
+            tiles((STAGES, GATES, UNITS, WIDTH), dtype),
+            tiled((GATES, cut.rows, UNITS), dtype),
+            plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
+        ],
+        interpret=interpret,
+        name="flax_lstm_project",
+        auto_barriers=False,  # see Barriers above
+        grid=(groups, blocks),
+        grid_names=("group", "block"),
+    )
+    run(now, planes, inputs, weights.kernel, weights.bias)

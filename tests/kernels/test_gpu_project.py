@@ -1,0 +1,194 @@
+"""The projection of inputs into planes of a larger buffer, without a GPU.
+
+Interpreted, against NumPy float64: what is written, what is not, and what is not read.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax_lstm_kernels import compat
+from flax_lstm_kernels.gpu import project
+from flax_lstm_kernels.gpu.common import as_operand
+from flax_lstm_kernels.gpu.project import Cut
+from reference import f64
+
+pytestmark = pytest.mark.kernels
+
+# dtype, (T, B, I, H), P, (first step, steps, first plane), S, multiprocessors.
+CASES = {
+    "one row, one input": ("bfloat16", (3, 1, 1, 64), 64, (0, 3, 0), 13, 1),
+    "fewer than a tile": ("float16", (2, 5, 7, 50), 64, (1, 1, 4), 9, 1),
+    "two tiles overlap": ("float32", (4, 20, 33, 130), 192, (1, 3, 1), 14, 1),
+    "one chunk": ("float16", (3, 8, 32, 100), 128, (2, 1, 0), 5, 1),
+    "three tiles overlap": ("bfloat16", (2, 130, 34, 64), 64, (0, 2, 0), 8, 1),
+    "the tutorial's": ("bfloat16", (2, 256, 300, 100), 128, (1, 1, 1), 6, 2),
+    "whole tiles": ("float32", (5, 64, 64, 64), 64, (1, 3, 4), 16, 2),
+    "no steps": ("bfloat16", (2, 8, 40, 64), 64, (1, 0, 1), 6, 1),
+}
+
+
+def given(dtype, shape):
+    steps, rows, inner, hidden = shape
+    rng = np.random.default_rng(0)
+    x, kernel = (
+        rng.normal(size=(steps, rows, inner)),
+        rng.normal(size=(inner, 4 * hidden)),
+    )
+    bias = rng.normal(size=4 * hidden)
+    return tuple(jnp.asarray(array, dtype) for array in (x, kernel, bias))
+
+
+def run(x, kernel, bias, planes, now, *, size, interpret=None):
+    ref = compat.in_place(planes)
+    weights = project.weights_of_inputs(kernel, bias, size, x.dtype)
+    project.project(x, weights, ref, now, size=size, interpret=interpret)
+    return jax.freeze(ref)
+
+
+def products(x, kernel, bias, size):
+    """Returns `[T, 4, B, P]` in float64, of operands as they are multiplied.
+
+    And how far a value may be off: its own rounding, and those of float32 on the way.
+    """
+    x, kernel = (f64(as_operand(array, array.dtype)) for array in (x, kernel))
+    inner, hidden = kernel.shape[0], kernel.shape[1] // 4
+    found = []
+    for x_, kernel_, bias_ in (
+        (x, kernel, f64(bias)),
+        (np.abs(x), np.abs(kernel), np.abs(f64(bias))),
+    ):
+        z = (x_ @ kernel_ + bias_).reshape(*x.shape[:2], 4, hidden)
+        z = np.pad(z, [(0, 0)] * 3 + [(0, size - hidden)])
+        found.append(z.transpose(0, 2, 1, 3))
+    wanted, size_of_terms = found
+    return wanted, (inner + 1) * 2.0**-24 * size_of_terms
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.kernels("interpreted")
+def test_the_planes_of_the_steps_hold_the_product_and_no_other_changes(
+    case, monkeypatch
+):
+    """Each value is rounded once; what is not to be read is NaN."""
+    dtype, shape, size, now, count, processors = CASES[case]
+    monkeypatch.setattr(project, "BLOCKS", processors)
+    x, kernel, bias = given(dtype, shape)
+    first, steps, plane = now
+    rows = shape[1]
+    before = jnp.asarray(
+        np.random.default_rng(1).normal(size=(count, -(-rows // 8) * 8, size)), dtype
+    )
+    live = slice(first, first + steps)
+    of_steps = jnp.full_like(x, jnp.nan).at[live].set(x[live])
+    call = jax.jit(partial(run, size=size, interpret=compat.watched()))
+    after = call(of_steps, kernel, bias, before, jnp.int32(now))
+    assert not compat.races_found()
+    written = slice(plane, plane + 4 * steps)
+    np.testing.assert_array_equal(
+        np.delete(np.asarray(after), written, 0), np.delete(before, written, 0)
+    )
+    wanted, sums_off = products(x[live], kernel, bias, size)
+    got = f64(after)[written].reshape(steps, 4, *before.shape[1:])[:, :, :rows]
+    off = float(jnp.finfo(dtype).eps) / 2 * np.abs(wanted) + sums_off
+    assert (np.abs(got - wanted) <= off).all()
+
+
+@pytest.mark.parametrize("what", ["input", "weight"])
+@pytest.mark.kernels("interpreted")
+def test_what_two_chunks_share_counts_once_also_where_it_is_infinite(what):
+    x, kernel, bias = given("float32", (1, 8, 40, 64))
+    if what == "input":
+        x = x.at[0, 3, 10].set(jnp.inf)  # the second chunk has it, too
+    else:
+        kernel = kernel.at[10, 5].set(-jnp.inf)
+    planes = jnp.zeros((4, 8, 64))
+    call = jax.jit(partial(run, size=64, interpret=True))
+    got = call(x, kernel, bias, planes, jnp.int32([0, 1, 0]))
+    wanted, _ = products(x, kernel, bias, 64)
+    infinite = np.isinf(wanted[0])
+    assert infinite.sum() == (4 * 64 if what == "input" else 8)
+    np.testing.assert_array_equal(np.isinf(got), infinite)
+    np.testing.assert_array_equal(np.sign(got)[infinite], np.sign(wanted[0])[infinite])
+    assert not np.isnan(got).any()
+
+
+@pytest.mark.kernels("interpreted")
+def test_pieces_in_a_loop_of_xla_are_one_kernel():
+    """The inputs of few columns are filled up before it."""
+    x, kernel, bias = given("bfloat16", (5, 9, 3, 64))
+
+    def all_steps(x, kernel, bias):
+        ref = compat.in_place(jnp.zeros((20, 16, 64), x.dtype))
+        weights = project.weights_of_inputs(kernel, bias, 64, x.dtype)
+        x = project.inputs_to_project(x)
+
+        def piece(n, nothing):
+            now = jnp.stack([2 * n, jnp.minimum(2, 5 - 2 * n), 8 * n])
+            project.project(x, weights, ref, now, size=64, interpret=True)
+
+        jax.lax.fori_loop(0, 3, piece, None)
+        return jax.freeze(ref)
+
+    got = f64(jax.jit(all_steps)(x, kernel, bias)).reshape(5, 4, 16, 64)[:, :, :9]
+    wanted, sums_off = products(x, kernel, bias, 64)
+    assert (np.abs(got - wanted) <= 2.0**-8 * np.abs(wanted) + sums_off).all()
+
+
+def test_tiles_have_all_rows_and_only_one_block_has_those_that_overlap():
+    for batch in (*range(8, 200), 256, 1000, 1001):
+        cut = Cut.of(batch, 300, 2)
+        assert cut.rows % 8 == 0
+        assert cut.rows <= project.MOST_ROWS
+        starts = [min(n * cut.rows, batch - cut.rows) for n in range(cut.tiles)]
+        assert cut.tiles % cut.together == 0
+        end = 0
+        for n in range(0, cut.tiles, cut.together):
+            mine = starts[n : n + cut.together]
+            assert mine[0] == end
+            gaps = np.diff([*mine, mine[-1] + cut.rows])
+            assert gaps.max() <= cut.rows
+            end = mine[-1] + cut.rows
+        assert end == batch
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_loads_are_aligned_in_every_row(itemsize):
+    """And whole for the layout: four warps of `vector` rows, 32 columns."""
+    found = set()
+    for inner in range(32, 320):
+        for batch in (8, 16, 24, 64):
+            cut = Cut.of(batch, inner, itemsize)
+            assert inner % cut.vector == 0
+            assert cut.vector * itemsize <= 16
+            assert cut.rows % (8 if cut.vector == 1 else 4 * cut.vector) == 0
+            # Chunks begin at every 32nd column, the last 32 before the end.
+            assert (inner - project.WIDTH) % cut.vector == 0
+            found.add(cut.vector)
+    assert found == ({1, 2, 4, 8} if itemsize == 2 else {1, 2, 4})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [("bfloat16", (3, 64, 300, 128)), ("float32", (2, 20, 33, 64)),
+     ("float16", (2, 8, 35, 64))],
+)  # fmt: skip
+@pytest.mark.kernels("lowered")
+def test_it_lowers_for_a_gpu_and_copies_no_inputs(dtype, shape):
+    """Smoke, but for the copies: Mosaic's lowering takes it."""
+    steps, rows, inner, hidden = shape
+    sizes = (shape[:3], (inner, 4 * hidden), (4 * hidden,), (8, 64, hidden))
+    arrays = [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
+    arrays.append(jax.ShapeDtypeStruct((3,), jnp.int32))
+    exported = jax.export.export(
+        jax.jit(partial(run, size=hidden)),
+        platforms=["cuda"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
+    )
+    text = exported(*arrays).mlir_module()
+    assert text.count("custom_call @mosaic_gpu_v2") == 1
+    having = [line for line in text.splitlines() if f"<{steps}x{rows}x{inner}x" in line]
+    # The function's head, and the call.
+    assert [word in line for word, line in zip(("func", "mosaic"), having, strict=True)]
