@@ -29,6 +29,9 @@ RESULTS = Path(__file__).parent / "results" / "compile_memory.csv"
 # T, B, I, H: the first layer of the tutorial, whose inputs fill no whole lanes of a
 # TPU; one whose inputs do; one of many steps and few rows.
 SHAPES = ((244, 256, 300, 128), (244, 256, 256, 128), (1024, 16, 256, 256))
+# The second layer of the tutorial, whose outputs fill no whole lanes; fewer rows than a
+# register of bfloat16 has.
+MORE = {"v5e": ((244, 256, 128, 64), (1024, 4, 256, 256))}
 KINDS = {"v5e": ("tpu", "TPU v5e"), "h100": ("cuda", "9.0")}
 IMPLEMENTATIONS = ("pallas", "scan", "xla")
 
@@ -36,7 +39,7 @@ IMPLEMENTATIONS = ("pallas", "scan", "xla")
 def rows_of(target: str) -> None:
     """Compiles in this process for one target; prints a row for each program."""
     place = TARGETS[target][0].sharding(target)
-    for shape in SHAPES:
+    for shape in (*SHAPES, *MORE.get(target, ())):
         for lengths in (False, True):
             for mode in ("forward", "gradient"):
                 for name in IMPLEMENTATIONS:

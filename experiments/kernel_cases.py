@@ -63,10 +63,14 @@ TPU = [
             ("float32", (64, 64, 256, 2048)),
         ),
     ),
-    # Inputs that are read in either other order.
+    # Inputs that are read, and outputs that are written, in other orders.
     *cases(
         ("inference",),
-        (("bfloat16", (244, 256, 300, 128)), ("float32", (64, 256, 100, 128))),
+        (
+            ("bfloat16", (244, 256, 300, 128)),
+            ("float32", (64, 256, 100, 128)),
+            ("bfloat16", (244, 256, 128, 64)),
+        ),
     ),
 ]
 

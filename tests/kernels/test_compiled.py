@@ -14,17 +14,25 @@ import jax
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-# Peaks of kernel and scan at the first shape of compile_memory.py; in a process of its
-# own, for it loads the compiler.
+# Peaks of kernel and scan at the first shape of compile_memory.py and, where asked for,
+# those of a target's own; in a process of its own, for it loads the compiler.
 PEAKS = """
 import sys
-from compile_memory import SHAPES, TARGETS, peak_mib
+from compile_memory import MORE, SHAPES, TARGETS, peak_mib
 
 target, lengths = sys.argv[1], sys.argv[2] == "lengths"
 place = TARGETS[target][0].sharding(target)
-for name in "pallas", "scan":
-    peak = peak_mib(target, SHAPES[0], name, "forward", place, lengths=lengths)
-    print("peak", peak)
+asked = [(SHAPES[0], "forward")]
+for shape in MORE.get(target, ()):
+    asked += [(shape, "forward")]
+    # A few steps of it: the compiler takes long over a scan's.
+    asked += [((32, *shape[1:]), "gradient")]
+for shape, mode in asked:
+    peaks = [
+        peak_mib(target, shape, name, mode, place, lengths=lengths)
+        for name in ("pallas", "scan")
+    ]
+    print("peaks", *peaks, *shape, mode)
 """
 
 
@@ -66,10 +74,10 @@ def test_a_kernel_compiles_within_its_budget(target, compiler, kernel):
     ("target", "compiler", "lengths"),
     [("v5e", "libtpu", "none"), ("h100", "cuda", "lengths")],
 )
-def test_inference_takes_no_more_memory_than_the_scan(
+def test_the_kernel_takes_no_more_memory_than_the_scan(
     target, compiler, lengths, cache, tmp_path
 ):
-    """On a TPU, inputs of no whole lanes; on an H100, in pieces.
+    """On a TPU, inputs and outputs of no whole lanes, few rows; on an H100, in pieces.
 
     Without lengths a scan copies nothing, and pieces take more; see kernels/README.md.
     """
@@ -86,5 +94,9 @@ def test_inference_takes_no_more_memory_than_the_scan(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    kernel, scan = [float(line[1]) for line in lines if line[0] == "peak"]
-    assert kernel <= scan
+    found = [line for line in lines if line[0] == "peaks"]
+    assert found
+    for line in found:
+        kernel, scan, hidden = float(line[1]), float(line[2]), int(line[-2])
+        # Weights and states, which are filled up, are less than a hundredth of all.
+        assert kernel <= scan * (1.01 if hidden % 128 else 1), line

@@ -6,6 +6,7 @@ is too slow for more.
 """
 
 import csv
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import pytest
 import reference
 from flax_lstm_kernels import tpu
 from flax_lstm_kernels.tpu.plan import (
+    BTI,
     ITB,
     TBI,
     TIB,
@@ -34,12 +36,12 @@ pytestmark = pytest.mark.kernels
 HURRY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # (T, B, I, H), and the plan (rows, steps, units, fused, streamed): fewer rows than a
 # register has; blocks that stand over in time and batch, a tile that has ended before
-# it starts, lanes to fill up, inputs multiplied inside; inputs multiplied by XLA, two
-# panels; streamed in two panels, the last tile nearly empty.
+# it starts, a second panel of two units, inputs multiplied inside; inputs multiplied by
+# XLA, two panels; streamed in two panels, the last tile nearly empty.
 CASES = {
-    "few rows": ((5, 3, 2, 7), Plan(3, 2, 128, False, False)),
-    "fused": ((7, 20, 3, 130), Plan(16, 3, 256, True, False)),
-    "panels": ((6, 16, 3, 256), Plan(16, 2, 128, False, False)),
+    "few rows": ((5, 3, 2, 7), Plan(3, 2, 128, True, False)),
+    "fused": ((7, 20, 3, 130), Plan(16, 3, 128, True, False)),
+    "panels": ((6, 16, 3, 200), Plan(16, 2, 128, False, False)),
     "streamed": ((3, 21, 3, 130), Plan(16, 1, 128, False, True)),
 }
 # Relative error ‖got - want‖ / ‖want‖ of outputs and gradients. float32: the roundings
@@ -177,30 +179,72 @@ def test_nothing_is_read_before_it_is_written_and_nothing_races(
     assert "RACE" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("order", [TBI, TIB, ITB], ids=["TBI", "TIB", "ITB"])
+def forward(given, plan, *, keep, reverse=False):
+    def call(*arguments):
+        return tpu.forward(
+            *arguments, reverse=reverse, keep=keep, plan=plan, interpret=True
+        )
+
+    lowered = jax.jit(call).lower(*given.arguments)
+    return lowered.compile(HURRY)(*given.arguments)
+
+
+@pytest.mark.parametrize(
+    "orders",
+    [(TBI, TIB), (TIB, ITB), (ITB, BTI), (BTI, TBI)],
+    ids=["TBI-TIB", "TIB-ITB", "ITB-BTI", "BTI-TBI"],
+)
 @pytest.mark.kernels("interpreted")
-def test_neither_what_is_kept_nor_the_order_of_inputs_changes_a_result(order):
+def test_neither_what_is_kept_nor_an_order_changes_a_result(orders):
     shape, plan = CASES["fused"]
     given = problem(shape, "float32")
-
-    def call(keep, plan):
-        def forward(*arguments):
-            return tpu.forward(
-                *arguments[:-1],
-                jnp.zeros((0, 0), jnp.uint8),
-                reverse=False,
-                keep=keep,
-                plan=plan,
-                interpret=True,
-            )
-
-        lowered = jax.jit(forward).lower(*given.arguments)
-        return lowered.compile(HURRY)(*given.arguments)
-
-    short, full = call(False, plan._replace(order=order)), call(True, plan)
+    no_resets = jnp.zeros((0, 0), jnp.uint8)
+    given = given._replace(arguments=(*given.arguments[:-1], no_resets))
+    order, hs_order = orders
+    turned = plan._replace(order=order, hs_order=hs_order)
+    short, full = (forward(given, p, keep=p is plan) for p in (turned, plan))
     for a, b in zip(short[:3], full[:3], strict=True):
         np.testing.assert_array_equal(a, b)
     assert short[3].size == short[4].size == 0
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.kernels("interpreted")
+def test_inference_in_pieces_gives_the_values_of_numpy(reverse):
+    """Two pieces of eight steps, and one of three."""
+    given = problem((19, 3, 2, 7), "float32", ended=1)
+    hs, c, h, *kept = forward(
+        given, Plan(3, 1, 128, False, True), keep=False, reverse=reverse
+    )
+    x, *weights, c_first, h_first, lengths, resets = given.arguments
+    want = reference.lstm(
+        weights,
+        x,
+        (c_first, h_first),
+        lengths=lengths,
+        resets=resets,
+        reverse=reverse,
+        keep_order=True,
+    )
+    for value, true in ((hs, want.outputs), (c, want.c), (h, want.h)):
+        assert reference.error(value, true) < BARS["float32"][0]
+    assert [array.size for array in kept] == [0, 0]
+
+
+def test_only_a_piece_is_projected_where_nothing_is_kept():
+    """Of 100 steps, 8: in a loop, all of which have one buffer of float32 gates."""
+    given = problem((100, 3, 2, 7), "bfloat16")
+
+    def call(*arguments):
+        plan = Plan(3, 1, 128, False, True)
+        return tpu.forward(*arguments, reverse=False, keep=False, plan=plan)
+
+    exported = jax.export.export(jax.jit(call), platforms=["tpu"])(*given.arguments)
+    made = {
+        int(steps)
+        for steps in re.findall(r"tensor<(\d+)x3x512xf32>", exported.mlir_module())
+    }
+    assert made == {8, 4}
 
 
 @pytest.mark.parametrize(
@@ -271,6 +315,31 @@ def test_every_hidden_size_to_2048_has_a_plan_that_fits(kind):
                     assert 1 <= plan.steps <= 32
                     assert -(-hidden // 128) * 128 % plan.units == 0
                     assert plan.steps == 1 or not plan.streamed
+
+
+@pytest.mark.parametrize("kind", [None, *VMEM])
+def test_inference_is_planned_in_the_orders_that_arguments_and_results_have(kind):
+    """The orders are what the compiler for v5e was seen to give them."""
+    for shape, itemsize, orders in (
+        ((244, 256, 300, 128), 2, (TIB, TBI)),
+        ((64, 256, 128, 100), 2, (TBI, ITB)),
+        ((244, 128, 128, 64), 4, (TBI, TIB)),
+        ((244, 100, 128, 128), 4, (BTI, BTI)),
+        ((1024, 12, 256, 256), 2, (BTI, BTI)),
+        ((1024, 4, 256, 256), 2, (TBI, TBI)),
+    ):
+        plan, _ = choose("forward", Sizes(*shape, itemsize, keep=False), kind)
+        rows, spills = shape[1], itemsize == 4 and shape[1] > 128
+        assert plan.fused
+        if not (spills and kind in (None, "TPU v4")):
+            assert (plan.order, plan.hs_order) == orders, (shape, kind)
+        # What Mosaic asks of blocks whose last axes are rows, or steps and K.
+        if {TIB, ITB} & {*orders}:
+            assert plan.rows == rows or plan.rows % 128 == 0
+        if {ITB, BTI} & {*orders}:
+            assert plan.steps == shape[0] or plan.steps % 8 == 0
+        kept, _ = choose("forward", Sizes(*shape, itemsize, keep=True), kind)
+        assert kept.order == kept.hs_order == TBI
 
 
 def test_the_estimate_of_memory_is_what_the_compiler_takes():

@@ -11,10 +11,12 @@ Dtype    float32 or bfloat16 (that of `inputs`); c, gates and dz always float32.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from flax_lstm_kernels.tpu.backward import backward_pass
 from flax_lstm_kernels.tpu.forward import forward_pass
+from flax_lstm_kernels.tpu.pieces import in_pieces, piece_steps
 from flax_lstm_kernels.tpu.plan import (
     Plan,
     Sizes,
@@ -78,21 +80,37 @@ def forward(
     """
     steps, rows, size = inputs.shape
     sizes = Sizes(steps, rows, size, h.shape[1], inputs.dtype.itemsize, keep)
-    return forward_pass(
+    plan = plan or choose("forward", sizes, kind)[0]
+
+    def run(inputs: Any, *state_and_masks: Any) -> tuple[Array, ...]:
+        return forward_pass(
+            inputs,
+            kernel,
+            recurrent_kernel,
+            bias,
+            *state_and_masks,
+            reverse=reverse,
+            keep=keep,
+            plan=plan._replace(steps=min(plan.steps, inputs.shape[0])),
+            vmem_limit_bytes=vmem_limit(kind),
+            interpret=interpret,
+        )
+
+    size = piece_steps(plan)
+    if keep or plan.fused or steps <= size:
+        return run(inputs, c, h, lengths, resets)
+    results = in_pieces(
+        run,
         inputs,
-        kernel,
-        recurrent_kernel,
-        bias,
-        c,
-        h,
+        c.astype(jnp.float32),
+        h.astype(inputs.dtype),
         lengths,
         resets,
+        size=size,
         reverse=reverse,
-        keep=keep,
-        plan=plan or choose("forward", sizes, kind)[0],
-        vmem_limit_bytes=vmem_limit(kind),
-        interpret=interpret,
     )
+    empty = jnp.zeros((0, 0, 4 * h.shape[1]), jnp.float32)
+    return *results, empty, empty[..., : h.shape[1]]
 
 
 def backward(

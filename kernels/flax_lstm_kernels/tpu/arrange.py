@@ -8,7 +8,10 @@ Panels   The four gates of some units side by side: columns i f g o of units 0 t
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from flax_lstm_kernels.tpu.plan import LANES, Plan, up
+from flax_lstm_kernels.tpu.plan import BTI, ITB, LANES, ORDERS, TBI, TIB, Plan, up
+
+# Neighbouring axes that are swapped to come from `[T, B, K]` to an order.
+SWAPS = {TBI: (), TIB: ((1, 2),), ITB: ((1, 2), (0, 1)), BTI: ((0, 1),)}
 
 
 def lanes(array: Shaped[Array, "*K H"]) -> Shaped[Array, "*K P"]:
@@ -38,15 +41,44 @@ def cut_gates(array: Shaped[Array, "*K _"], hidden: int) -> Shaped[Array, "*K G"
     return cut.reshape(*lead, 4 * hidden)
 
 
+def filled(recurrent_kernel: Float[Array, "H G"]) -> Float[Array, "P _"]:
+    """Fills up the recurrent weights, columns and rows."""
+    wide = gate_lanes(recurrent_kernel)
+    return jnp.pad(wide, ((0, wide.shape[1] // 4 - wide.shape[0]), (0, 0)))
+
+
 def panels(recurrent_kernel: Float[Array, "H G"], units: int) -> Float[Array, "P _"]:
     """Fills up the recurrent weights and puts their columns in the order of panels."""
-    wide = gate_lanes(recurrent_kernel)
-    size = wide.shape[-1] // 4
-    wide = jnp.pad(wide, ((0, size - wide.shape[0]), (0, 0)))
+    wide = filled(recurrent_kernel)
+    size = wide.shape[0]
     if units == size:
         return wide
     apart = wide.reshape(size, 4, size // units, units)
     return apart.swapaxes(1, 2).reshape(size, 4 * size)
+
+
+def in_order(array: Shaped[Array, "T B K"], order: int) -> Shaped[Array, "_ _ _"]:
+    """Gives an array another order; a change of names where it lies so."""
+    return array.transpose(ORDERS[order])
+
+
+def in_names(array: Shaped[Array, "_ _ _"], order: int) -> Shaped[Array, "T B K"]:
+    """Undoes `in_order`."""
+    return array.transpose([ORDERS[order].index(axis) for axis in range(3)])
+
+
+def turned(block: Shaped[Array, "T B K"], order: int) -> Shaped[Array, "_ _ _"]:
+    """Does as `in_order`, inside a kernel: one swap after the other, as Mosaic can."""
+    for swap in SWAPS[order]:
+        block = jnp.swapaxes(block, *swap)
+    return block
+
+
+def turned_back(block: Shaped[Array, "_ _ _"], order: int) -> Shaped[Array, "T B K"]:
+    """Undoes `turned`."""
+    for swap in reversed(SWAPS[order]):
+        block = jnp.swapaxes(block, *swap)
+    return block
 
 
 def reset_bits(

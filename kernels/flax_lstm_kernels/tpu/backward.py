@@ -62,7 +62,7 @@ def body(ends_ref, *refs, plan: Plan, grid: Grid, cuts: bool):
     d_z_ref, d_c_first_ref, d_h_first_ref, d_c_ref, d_h_ref, *sum_ref = refs[6:]
 
     here = grid.here(ends_ref)
-    size = d_c_ref.shape[1]
+    size, visible = d_c_ref.shape[1], before_ref.shape[-1]
     inner_panels = 1 if plan.streamed else size // plan.units
 
     @pl.when(here.first)
@@ -87,20 +87,22 @@ def body(ends_ref, *refs, plan: Plan, grid: Grid, cuts: bool):
             for inner in range(inner_panels):
                 begin = inner * plan.units
                 weights = weights_ref[4 * begin : 4 * (begin + plan.units), :]
+                seen = min(plan.units, visible - begin)  # the last panel's may be less
                 if plan.streamed:
                     begin = pl.multiple_of(here.panel * plan.units, LANES)
-                units = pl.ds(begin, plan.units)
-                places = [pl.ds(n * size + begin, plan.units) for n in range(4)]
+                units, real = pl.ds(begin, plan.units), pl.ds(begin, seen)
+                places = [pl.ds(n * visible + begin, seen) for n in range(4)]
                 d_c_old = d_c_ref[:, units]
                 d_z, d_c = transposed_step(
-                    d_h_ref[:, units] + d_hs_ref[at, :, units].astype(jnp.float32),
+                    d_h_ref[:, units]
+                    + lanes(d_hs_ref[at, :, real]).astype(jnp.float32),
                     d_c_old,
-                    tuple(gates_ref[at, :, place] for place in places),
-                    before_ref[at, :, units],
+                    tuple(lanes(gates_ref[at, :, place]) for place in places),
+                    lanes(before_ref[at, :, real]),
                 )
                 d_z = [jnp.where(live, part, 0.0) for part in d_z]
                 for place, part in zip(places, d_z, strict=True):
-                    d_z_ref[at, :, place] = part
+                    d_z_ref[at, :, place] = part[:, :seen]
                 if fresh is not None:
                     d_c = jnp.where(fresh, 0.0, d_c)
                 d_c_ref[:, units] = jnp.where(live, d_c, d_c_old)
@@ -163,11 +165,14 @@ def backward_pass(
     operands = [(lengths[:, None], grid.column())]
     if resets.size:
         operands.append((reset_bits(resets, plan.steps), grid.bits()))
+    if plan.streamed:
+        gates, before, d_hs = gate_lanes(gates), lanes(before), lanes(d_hs)
+    visible = before.shape[-1]
     operands += [
-        (gate_lanes(gates), grid.sequence(4 * size, read=True)),
-        (lanes(before), grid.sequence(size, read=True)),
-        (lanes(d_hs), grid.sequence(size, read=True)),
-        (weights, grid.weights(4 * plan.units, axis=0)),
+        (gates, grid.sequence(4 * visible, read=True)),
+        (before, grid.sequence(visible, read=True)),
+        (d_hs, grid.sequence(visible, read=True)),
+        (weights, grid.weights_back()),
         (lanes(d_c.astype(jnp.float32)), grid.state()),
         (lanes(d_h.astype(jnp.float32)), grid.state()),
     ]
@@ -177,7 +182,7 @@ def backward_pass(
     d_z, d_c, d_h = pl.pallas_call(
         partial(body, plan=plan, grid=grid, cuts=bool(resets.size)),
         out_shape=[
-            jax.ShapeDtypeStruct((*gates.shape[:2], 4 * size), jnp.float32),
+            jax.ShapeDtypeStruct(gates.shape, jnp.float32),
             state,
             state,
         ],
@@ -185,7 +190,7 @@ def backward_pass(
             num_scalar_prefetch=1,
             grid=grid.shape,
             in_specs=[spec for _, spec in operands],
-            out_specs=[grid.sequence(4 * size), grid.state(), grid.state()],
+            out_specs=[grid.sequence(4 * visible), grid.state(), grid.state()],
             scratch_shapes=[scratch] * (3 if plan.streamed else 2),
         ),
         input_output_aliases={place_of_gates: 0},

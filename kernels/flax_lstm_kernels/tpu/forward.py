@@ -5,8 +5,9 @@ For t = 0 .. T-1:  z = x[t] W + b + h R;  c, h = update(activate(z), c)
 Axes     T time, B batch, I input size, H hidden size, P the same in whole lanes of 128.
 Grid     (tiles of the batch, iterations of `steps` steps, panels of the weights), with
          c and h in VMEM from one iteration to the next.
-Weights  Stay in VMEM for the whole run and are one block, with its panels in a loop
-         inside; or are streamed, a panel in each place of the grid, twice buffered.
+Weights  Stay in VMEM for the whole run, with their panels in a loop inside; or are
+         streamed, a panel in each place of the grid, twice buffered. A block for each
+         gate, so that they are read as they lie.
 Inputs   Multiplied inside, all steps of an iteration in one product, where W fits too:
          what passes through memory is then x, not the four times wider z. Else by XLA
          before; the gates then take the place of z in memory.
@@ -30,39 +31,35 @@ from jax.experimental.pallas import tpu as pltpu
 from flax_lstm.cell import activate, update
 from flax_lstm_kernels.tpu.arrange import (
     cut_gates,
+    filled,
     gate_lanes,
+    in_names,
+    in_order,
     lanes,
     live_iterations,
-    panels,
     reset_bits,
+    turned,
+    turned_back,
 )
 from flax_lstm_kernels.tpu.grid import Grid, product
-from flax_lstm_kernels.tpu.plan import ITB, LANES, TBI, TIB, Plan
+from flax_lstm_kernels.tpu.plan import LANES, TBI, Plan, up
 
 
 def project(x: Any, kernel: Any, bias: Any) -> Any:
     """Multiplies the inputs `[t, b, I]` of an iteration: `[t, b, 4P]`, in one product.
 
-    b is a multiple of the sublanes, so that the reshapes move nothing.
+    Rows are filled up to whole sublanes first, so that the reshapes move nothing.
     """
     steps, rows, inputs = x.shape
-    z = product(x.reshape(steps * rows, inputs), kernel)
-    return (z + jnp.broadcast_to(bias, z.shape)).reshape(steps, rows, z.shape[-1])
+    whole = up(rows, 32 // x.dtype.itemsize)
+    if whole != rows:
+        x = jnp.pad(x, ((0, 0), (0, whole - rows), (0, 0)))
+    z = product(x.reshape(steps * whole, inputs), kernel)
+    z = z + jnp.broadcast_to(bias, z.shape)
+    return z.reshape(steps, whole, z.shape[-1])[:, :rows]
 
 
-def in_order(x: Any, order: int) -> Any:
-    """Gives `[T, B, I]` another order; a change of names where it lies so."""
-    return x.transpose({TBI: (0, 1, 2), TIB: (0, 2, 1), ITB: (2, 0, 1)}[order])
-
-
-def turned_back(x: Any, order: int) -> Any:
-    """Undoes `in_order`, of a block and in two steps: Mosaic swaps neighbours."""
-    if order == ITB:
-        x = jnp.swapaxes(x, 0, 1)
-    return x if order == TBI else jnp.swapaxes(x, 1, 2)
-
-
-def body(ends_ref, *refs, plan: Plan, grid: Grid, keep: bool, cuts: bool):
+def body(ends_ref, *refs, plan: Plan, grid: Grid, visible: int, keep: bool, cuts: bool):
     """Runs one place of the grid; see the module."""
     ahead: list[Any] = list(refs)
 
@@ -71,16 +68,18 @@ def body(ends_ref, *refs, plan: Plan, grid: Grid, keep: bool, cuts: bool):
 
     lengths_ref, resets_ref, source_ref = take(), take(cuts), take()  # x, else z
     kernel_ref, bias_ref = take(plan.fused), take(plan.fused)
-    weights_ref, c_first_ref, h_first_ref = take(), take(), take()
+    weights_refs = [take() for _ in range(4)]  # of each gate
+    c_first_ref, h_first_ref = take(), take()
     hs_ref, c_last_ref, h_last_ref = take(), take(), take()
     gates_ref, before_ref = take(keep), take(keep)
     c_ref, h_ref, operand_ref = take(), take(), take()
+    out_ref = hs_ref if plan.hs_order == TBI else take()
     z_ref = source_ref
     if plan.fused:
         z_ref = gates_ref if keep else take()
 
     here = grid.here(ends_ref)
-    size, visible = c_ref.shape[1], hs_ref.shape[-1]
+    size, wide = c_ref.shape[1], z_ref.shape[-1] // 4
     inner_panels = 1 if plan.streamed else size // plan.units
 
     @pl.when(here.first)
@@ -117,30 +116,36 @@ def body(ends_ref, *refs, plan: Plan, grid: Grid, keep: bool, cuts: bool):
 
             for inner in range(inner_panels):
                 begin = inner * plan.units
-                weights = weights_ref[:, 4 * begin : 4 * (begin + plan.units)]
-                seen = min(plan.units, visible - begin)  # the last panel's may be less
+                columns = slice(begin, begin + plan.units)
+                weights = jnp.concatenate([ref[:, columns] for ref in weights_refs], -1)
+                # The last panel's may be less.
+                seen, read = (min(plan.units, n - begin) for n in (visible, wide))
                 if plan.streamed:
                     begin = pl.multiple_of(here.panel * plan.units, LANES)
                 units = pl.ds(begin, plan.units)
-                places = [pl.ds(n * size + begin, plan.units) for n in range(4)]
-                z = jnp.concatenate([z_ref[at, :, place] for place in places], -1)
+                places = [pl.ds(n * wide + begin, read) for n in range(4)]
+                z = jnp.concatenate(
+                    [lanes(z_ref[at, :, place]) for place in places], -1
+                )
                 gates = activate(z + product(operand_ref[...], weights))
                 c_old, h_old = c_ref[:, units], h_ref[:, units]
                 c_start = c_old if fresh is None else jnp.where(fresh, 0.0, c_old)
                 c, h = update(*gates, c_start)
-                h = h.astype(hs_ref.dtype).astype(jnp.float32)
+                h = h.astype(out_ref.dtype).astype(jnp.float32)
                 c_ref[:, units] = jnp.where(live, c, c_old)
                 h_ref[:, units] = jnp.where(live, h, h_old)
                 out = jnp.where(live, h, 0.0)[:, :seen]
-                hs_ref[at, :, pl.ds(begin, seen)] = out.astype(hs_ref.dtype)
+                out_ref[at, :, pl.ds(begin, seen)] = out.astype(out_ref.dtype)
                 if keep:
                     out = jnp.where(live, c_start, 0.0)[:, :seen]
                     before_ref[at, :, pl.ds(begin, seen)] = out
                     for place, gate in zip(places, gates, strict=True):
-                        gates_ref[at, :, place] = jnp.where(live, gate, 0.0)
+                        gates_ref[at, :, place] = jnp.where(live, gate, 0.0)[:, :seen]
             return carry
 
         lax.fori_loop(0, plan.steps, step, 0)
+        if plan.hs_order != TBI:
+            hs_ref[...] = turned(out_ref[...], plan.hs_order)
 
     @pl.when(here.last)
     def final():
@@ -168,12 +173,15 @@ def forward_pass(
     dtype = inputs.dtype
     steps, rows, size_in = inputs.shape
     hidden = h.shape[1]
-    weights = panels(recurrent_kernel.astype(dtype), plan.units)
-    wide_kernel = gate_lanes(kernel.astype(dtype))
-    wide_bias = gate_lanes(bias.astype(jnp.float32))[None]
+    weights = filled(recurrent_kernel.astype(dtype))
     size = weights.shape[0]
     grid = Grid.of(steps, rows, size, plan, descending=reverse)
     visible = size if plan.streamed else hidden
+    # What is kept is as wide as the arrays; z, which is in its place, is too.
+    wide = visible if keep else size
+    kernel, bias = kernel.astype(dtype), bias.astype(jnp.float32)[None]
+    if wide != hidden:
+        kernel, bias = gate_lanes(kernel), gate_lanes(bias)
 
     operands = [(lengths[:, None], grid.column())]
     if resets.size:
@@ -181,29 +189,33 @@ def forward_pass(
     aliases = {}
     if plan.fused:
         operands += [
-            (in_order(inputs, plan.order), grid.inputs(size_in)),
-            (wide_kernel, grid.whole(wide_kernel.shape)),
-            (wide_bias, grid.whole(wide_bias.shape)),
+            (in_order(inputs, plan.order), grid.ordered(size_in, plan.order, True)),
+            (kernel, grid.whole(kernel.shape)),
+            (bias, grid.whole(bias.shape)),
         ]
     else:
         if keep:
             aliases = {1 + len(operands): 3}  # z's memory becomes the gates'
-        z = product(inputs, wide_kernel)
-        z = z + jnp.broadcast_to(wide_bias[None], z.shape)
-        operands.append((z, grid.sequence(4 * size, read=True)))
+        z = product(inputs, kernel)
+        z = z + jnp.broadcast_to(bias[None], z.shape)
+        operands.append((z, grid.sequence(4 * wide, read=True)))
     operands += [
-        (weights, grid.weights(4 * plan.units, axis=1)),
+        *((weights, grid.weights(gate)) for gate in range(4)),
         (lanes(c.astype(jnp.float32)), grid.state()),
         (lanes(h.astype(dtype)), grid.state()),
     ]
+    like = jax.eval_shape(
+        partial(in_order, order=plan.hs_order),
+        jax.ShapeDtypeStruct((steps, rows, visible), dtype),
+    )
     outputs = [
-        (((steps, rows, visible), dtype), grid.sequence(visible)),
+        ((like.shape, dtype), grid.ordered(visible, plan.hs_order)),
         (((rows, size), jnp.float32), grid.state()),
         (((rows, size), dtype), grid.state()),
     ]
     if keep:
         outputs += [
-            (((steps, rows, 4 * size), jnp.float32), grid.sequence(4 * size)),
+            (((steps, rows, 4 * visible), jnp.float32), grid.sequence(4 * visible)),
             (((steps, rows, visible), jnp.float32), grid.sequence(visible)),
         ]
     scratch = [
@@ -211,10 +223,19 @@ def forward_pass(
         pltpu.VMEM((plan.rows, size), jnp.float32),
         pltpu.VMEM((plan.rows, size), dtype),
     ]
+    if plan.hs_order != TBI:
+        scratch.append(pltpu.VMEM((plan.steps, plan.rows, visible), dtype))
     if plan.fused and not keep:
         scratch.append(pltpu.VMEM((plan.steps, plan.rows, 4 * size), jnp.float32))
     results = pl.pallas_call(
-        partial(body, plan=plan, grid=grid, keep=keep, cuts=bool(resets.size)),
+        partial(
+            body,
+            plan=plan,
+            grid=grid,
+            visible=visible,
+            keep=keep,
+            cuts=bool(resets.size),
+        ),
         out_shape=[jax.ShapeDtypeStruct(*like) for like, _ in outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -228,7 +249,8 @@ def forward_pass(
         interpret=interpret,
         name="flax_lstm_forward",
     )(live_iterations(lengths, plan), *(array for array, _ in operands))
-    hs, c, h = results[0][..., :hidden], results[1][:, :hidden], results[2][:, :hidden]
+    hs = in_names(results[0], plan.hs_order)[..., :hidden]
+    c, h = results[1][:, :hidden], results[2][:, :hidden]
     if not keep:
         empty = jnp.zeros((0, 0, 4 * hidden), jnp.float32)
         return hs, c, h, empty, empty[..., :hidden]

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flax_lstm_kernels.tpu.plan import TBI, TIB, Plan
+from flax_lstm_kernels.tpu.plan import ORDERS, Plan
 
 
 def product(left: Any, right: Any) -> Any:
@@ -94,19 +94,15 @@ class Grid(NamedTuple):
         shape = (self.plan.steps, self.plan.rows, width)
         return pl.BlockSpec(shape, self._read if read else written)
 
-    def inputs(self, width: int) -> pl.BlockSpec:
-        """Blocks of the inputs `[T, B, width]`, in the plan's order."""
+    def ordered(self, width: int, order: int, read: bool = False) -> pl.BlockSpec:
+        """Blocks of an array `[T, B, width]` in another order."""
+        plain = self.sequence(width, read=read)
 
-        def read(tile, iteration, panel, ends):
-            number, tile, _ = self._read(tile, iteration, panel, ends)
-            return (number, 0, tile) if self.plan.order == TIB else (0, number, tile)
+        def place(*here):
+            return tuple(plain.index_map(*here)[axis] for axis in ORDERS[order])
 
-        steps, rows = self.plan.steps, self.plan.rows
-        if self.plan.order == TBI:
-            return self.sequence(width, read=True)
-        if self.plan.order == TIB:
-            return pl.BlockSpec((steps, width, rows), read)
-        return pl.BlockSpec((width, steps, rows), read)
+        shape = tuple(plain.block_shape[axis] for axis in ORDERS[order])
+        return pl.BlockSpec(shape, place)
 
     def bits(self) -> pl.BlockSpec:
         """Blocks of the packed resets `[iterations, B, 1]`."""
@@ -131,17 +127,28 @@ class Grid(NamedTuple):
 
         return pl.BlockSpec(shape, origin, pipeline_mode=pl.Buffered(1))
 
-    def weights(self, width: int, *, axis: int) -> pl.BlockSpec:
-        """The recurrent weights: panels of `width` along `axis`, or all that stay."""
-        shape = [4 * self.size if n == axis else self.size for n in range(2)]
+    def weights(self, gate: int) -> pl.BlockSpec:
+        """A gate's columns of the recurrent weights `[P, 4P]`: of a panel, or all."""
         if not self.plan.streamed:
-            return self.whole(tuple(shape))
-        shape[axis] = width
+            shape = self.size, self.size
+            return pl.BlockSpec(
+                shape, lambda *_: (0, gate), pipeline_mode=pl.Buffered(1)
+            )
 
         def panel_of(tile, iteration, panel, ends):
-            return (panel, 0) if axis == 0 else (0, panel)
+            return 0, gate * self.shape[2] + panel
 
-        return pl.BlockSpec(tuple(shape), panel_of)
+        return pl.BlockSpec((self.size, self.plan.units), panel_of)
+
+    def weights_back(self) -> pl.BlockSpec:
+        """The recurrent weights in panels, transposed `[4P, P]`: a panel, or all."""
+        if not self.plan.streamed:
+            return self.whole((4 * self.size, self.size))
+
+        def panel_of(tile, iteration, panel, ends):
+            return panel, 0
+
+        return pl.BlockSpec((4 * self.plan.units, self.size), panel_of)
 
     def compiler_params(self, vmem_limit_bytes: int) -> pltpu.CompilerParams:
         """Returns what the compiler is told: which axes are independent, its limit."""

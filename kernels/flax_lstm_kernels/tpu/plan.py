@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from flax_lstm_kernels.tuning import Key, find
 
 LANES = 128
-TBI, TIB, ITB = range(3)  # orders of the inputs
+# Orders of an array `[T, B, K]` in memory, and the axes in each.
+TBI, TIB, ITB, BTI = range(4)
+ORDERS = {TBI: (0, 1, 2), TIB: (0, 2, 1), ITB: (2, 0, 1), BTI: (1, 0, 2)}
 # VMEM bytes of one core, by `device_kind`; jax.experimental.pallas.tpu.TpuInfo.
 VMEM = {
     "TPU v4": 16 << 20,
@@ -47,7 +49,8 @@ class Plan(NamedTuple):
       fused: The inputs are multiplied inside the kernel, not by XLA before it.
       streamed: The recurrent weights pass through VMEM at every step.
       order: How the inputs lie in memory: as `[T, B, I]` (0), or, fused only and turned
-        inside, as `[T, I, B]` (1) or `[I, T, B]` (2).
+        inside, as `[T, I, B]` (1), `[I, T, B]` (2) or `[B, T, I]` (3).
+      hs_order: How the outputs lie in memory, likewise.
     """
 
     rows: int
@@ -56,6 +59,7 @@ class Plan(NamedTuple):
     fused: bool
     streamed: bool
     order: int = TBI
+    hs_order: int = TBI
 
 
 class Sizes(NamedTuple):
@@ -87,14 +91,23 @@ def up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def vmem_bytes(which: Pass, sizes: Sizes, plan: Plan) -> int:
-    """Estimates the VMEM of one core: blocks, of which the grid keeps two, and scratch.
+def block(plan: Plan, width: int, order: int, itemsize: int) -> int:
+    """Returns the bytes of a block of an array `[T, B, width]` in VMEM.
 
-    A block's last axis takes whole lanes, the one before it whole sublanes.
+    Its last axis takes whole lanes, the one before it whole sublanes.
     """
+    shape = plan.steps, plan.rows, width
+    outer, inner, last = (shape[axis] for axis in ORDERS[order])
+    return outer * up(inner, 32 // itemsize) * up(last, LANES) * itemsize
+
+
+def vmem_bytes(which: Pass, sizes: Sizes, plan: Plan) -> int:
+    """Estimates the VMEM of one core: blocks, of which the grid keeps two; scratch."""
     hidden, item = up(sizes.hidden, LANES), sizes.itemsize
     rows = up(plan.rows, 32 // item)
     cells = plan.steps * rows * hidden
+    gates = 4 * hidden if plan.streamed else up(4 * sizes.hidden, LANES)
+    kept = plan.steps * rows * gates * 4  # of z, gates or dz
     weights = 4 * hidden * item * (2 * plan.units if plan.streamed else hidden)
     if item == 4 and not plan.streamed:
         # Exact products split the weights, and the compiler spills most of the parts:
@@ -104,21 +117,16 @@ def vmem_bytes(which: Pass, sizes: Sizes, plan: Plan) -> int:
     state = rows * hidden * (2 * 4 * 4 + 2 * 4 + item)  # in and out twice, scratch
     panel = 3 * rows * 4 * plan.units * 4  # pre-activations on their way
     if which == "backward":
-        blocks = 2 * cells * (2 * 4 * 4 + 2 * 4)  # gates, dz; dh and c
+        blocks = 2 * (2 * kept + cells * (item + 4))  # gates, dz; dh and c
         return weights + masks + state + panel + blocks
     blocks = 2 * cells * item
+    if plan.hs_order != TBI:
+        blocks += 2 * block(plan, sizes.hidden, plan.hs_order, item)
     if sizes.keep:
-        blocks += 2 * cells * (4 * 4 + 4)
+        blocks += 2 * (kept + cells * 4)
     if plan.fused:
         weights += (up(sizes.inputs, 32 // item) * item + 8 * 4) * 4 * hidden
-        inputs = plan.steps * rows * up(sizes.inputs, LANES)
-        if plan.order != TBI:
-            wide = up(plan.rows, LANES)
-            if plan.order == TIB:
-                inputs = plan.steps * up(sizes.inputs, 32 // item) * wide
-            else:
-                inputs = sizes.inputs * up(plan.steps, 32 // item) * wide
-        blocks += 2 * inputs * item
+        blocks += 2 * block(plan, sizes.inputs, plan.order, item)
         if not sizes.keep:
             blocks += cells * 4 * 4
     else:
@@ -134,39 +142,54 @@ def sublanes(size: int, itemsize: int) -> int:
     return up(size, least)
 
 
-def order(sizes: Sizes) -> int:
-    """Returns the order in which the inputs take the least memory.
+def least(*shape: int, itemsize: int) -> int:
+    """Returns the order in which an array `[T, B, K]` takes the least memory.
 
-    The compiler has an argument of the program so, and would copy all of it for a
-    kernel that wants another. Not for training: what an embedding makes is `[T, B, I]`,
-    and would be copied.
+    The compiler has arguments and results of the program so, and would copy all of them
+    for a kernel that wants another.
 
-    >>> order(Sizes(244, 256, 300, 128, 2, keep=False)) == TIB
-    True
-    >>> order(Sizes(64, 256, 300, 128, 2, keep=False)) == ITB
-    True
+    >>> least(244, 256, 300, itemsize=2) == TIB, least(64, 256, 300, itemsize=2) == ITB
+    (True, True)
     """
-    steps, rows, inputs, _, item, keep = sizes
-    elements = {
-        TBI: steps * sublanes(rows, item) * up(inputs, LANES),
-        TIB: steps * sublanes(inputs, item) * up(rows, LANES),
-        ITB: inputs * sublanes(steps, item) * up(rows, LANES),
-    }
-    return TBI if keep else min(elements, key=lambda key: elements[key])
+
+    def elements(order: int) -> int:
+        outer, inner, last = (shape[axis] for axis in ORDERS[order])
+        return outer * sublanes(inner, itemsize) * up(last, LANES)
+
+    return min(ORDERS, key=elements)
 
 
-def turned(plan: Plan, order: int, sizes: Sizes, kind: str | None) -> Plan:
-    """Returns the plan with the inputs in another order, or as it is.
+def orders(sizes: Sizes) -> tuple[int, int]:
+    """Returns the orders of inputs and outputs that take the least memory.
 
-    A block's last two axes are whole ones of the array, or multiples of 128 and 8.
+    Not for training: what an embedding makes is `[T, B, I]`, and would be copied.
     """
-    if order == TBI or (plan.rows != sizes.rows and plan.rows % LANES):
+    if sizes.keep:
+        return TBI, TBI
+    given, made = (
+        least(sizes.steps, sizes.rows, width, itemsize=sizes.itemsize)
+        for width in (sizes.inputs, sizes.hidden)
+    )
+    return given, made
+
+
+def turned(plan: Plan, sizes: Sizes, kind: str | None) -> Plan:
+    """Returns the plan with inputs and outputs in their orders, or as it is."""
+    given, made = orders(sizes)
+    if given == made == TBI:
         return plan
-    if sizes.itemsize == 4 and plan.rows > LANES and kind in (None, "TPU v4"):
-        return plan  # the compiler for v4 spills 5 MiB
-    # All steps of an iteration are turned at once; ITB wants their sublanes full.
-    plan = plan._replace(steps=min(8, sizes.steps))
-    return plan._replace(order=order)
+    if {TIB, ITB} & {given, made}:
+        # A block's lanes are whole ones or all of the array's last axis.
+        one = LANES if kind in TWO_CORES else 3 * LANES  # rows of one tile for all
+        if plan.rows >= sizes.rows or (sizes.rows % LANES and sizes.rows <= one):
+            plan = plan._replace(rows=sizes.rows)
+        elif plan.rows % LANES:
+            return plan
+        if sizes.itemsize == 4 and plan.rows > LANES and kind in (None, "TPU v4"):
+            return plan  # the compiler for v4 spills 5 MiB
+    # All steps of an iteration are turned at once; some orders want full sublanes.
+    steps = min(8, sizes.steps)
+    return plan._replace(steps=steps, order=given, hs_order=made)
 
 
 def plans(which: Pass, sizes: Sizes, kind: str | None) -> list[Plan]:
@@ -179,8 +202,7 @@ def plans(which: Pass, sizes: Sizes, kind: str | None) -> list[Plan]:
     rows = sizes.rows
     if rows > whole:
         rows = up(-(-rows // count), whole)
-    best = order(sizes) if which == "forward" else TBI
-    if best != TBI and rows % LANES and sizes.rows % LANES == 0:
+    if {TIB, ITB} & {*orders(sizes)} and rows % LANES and sizes.rows % LANES == 0:
         rows = LANES  # rather than 192 of 384: blocks have whole lanes
     steps = MAX_STEPS
     while steps > 4 and steps * rows * hidden > 8 * 64 * 512:
@@ -201,9 +223,9 @@ def plans(which: Pass, sizes: Sizes, kind: str | None) -> list[Plan]:
                 # Iterations of equal length: 40 steps are 3 times 14, not 16, 16, 8.
                 even = -(-sizes.steps // -(-sizes.steps // length))
                 for units in widths if streamed else widths[:1]:
-                    if which == "forward" and not streamed and tile % whole == 0:
+                    if which == "forward" and not streamed:
                         fused = Plan(tile, even, units, True, streamed)
-                        found += [turned(fused, best, sizes, kind), fused]
+                        found += [turned(fused, sizes, kind), fused]
                     found.append(Plan(tile, even, units, False, streamed))
     return found
 
