@@ -96,7 +96,7 @@ class Grid(NamedTuple):
 
     def ordered(self, width: int, order: int, read: bool = False) -> pl.BlockSpec:
         """Blocks of an array `[T, B, width]` in another order."""
-        plain = self.sequence(width, read=read)
+        plain: Any = self.sequence(width, read=read)
 
         def place(*here):
             return tuple(plain.index_map(*here)[axis] for axis in ORDERS[order])
