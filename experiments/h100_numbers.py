@@ -1,9 +1,11 @@
 """Are the kernels right on the device? Values and gradients against float64.
 
 Every case is drawn, computed by `implementation="pallas"` and by the scan in the same
-dtype on the device, and in float64 by the scan on the host. An error is the norm of the
-difference over the norm. A kernel may err at most twice as much as the scan, and one
-rounding of the dtype more (of float32: of tf32): both sum in another order.
+dtype on the device, and in float64 by the scan on the host. So is inference, which runs
+otherwise, where lengths, resets and reverse come together; more would not fit the time.
+An error is the norm of the difference over the norm. A kernel may err at most twice as
+much as the scan, and one rounding of the dtype more (of float32: of tf32): both sum in
+another order.
 """
 
 import dataclasses
@@ -53,6 +55,7 @@ CASES = (
 # results are not rounded, but the scan of a dry run multiplies without rounding.
 ROUNDINGS = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 2.0**-11}
 DTYPES = tuple(ROUNDINGS)
+ALL_OPTIONS = 4  # lengths, resets, reverse and keep_order
 
 
 def numbers_rows(case: Case, dtype: str, variant: str) -> list[dict[str, Any]]:
@@ -119,18 +122,24 @@ def drawn(case: Case, dtype: str, variant: str) -> tuple[tuple, dict[str, Any]]:
 
 
 def results(implementation: Any, arrays: tuple, options: dict[str, Any]) -> Any:
-    """Returns the final state and outputs, and the gradients of all arguments."""
+    """Returns the final state and outputs, and the gradients of all arguments.
+
+    And with all options state and outputs where nothing is kept for a derivative.
+    """
     params, inputs, state, cotangents = arrays
+
+    def run(params: Any, inputs: Any, state: Any) -> Any:
+        return lstm(params, inputs, state, implementation=implementation, **options)
 
     @jax.jit
     def both(params: Any, inputs: Any, state: Any, cotangents: Any) -> Any:
-        def run(params: Any, inputs: Any, state: Any) -> Any:
-            return lstm(params, inputs, state, implementation=implementation, **options)
-
         values, transpose = jax.vjp(run, params, inputs, state)
         return values, transpose(cotangents)
 
-    return jax.device_get(both(params, inputs, state, cotangents))
+    found = both(params, inputs, state, cotangents)
+    if len(options) == ALL_OPTIONS:
+        found = *found, jax.jit(run)(params, inputs, state)
+    return jax.device_get(found)
 
 
 def in_float64(arrays: tuple, options: dict[str, Any]) -> Any:
@@ -146,8 +155,8 @@ def in_float64(arrays: tuple, options: dict[str, Any]) -> Any:
 
 def distances(got: Any, wanted: Any) -> dict[str, float]:
     """Returns the error of every result and gradient, by name."""
-    ((state, outputs), (params, inputs, first)) = got
-    ((want_state, want_outputs), (want_params, want_inputs, want_first)) = wanted
+    (state, outputs), (params, inputs, first), *inference = got
+    (want_state, want_outputs), (want_params, want_inputs, want_first), *_ = wanted
     pairs = {
         "outputs": (outputs, want_outputs),
         "final_c": (state.c, want_state.c),
@@ -159,6 +168,10 @@ def distances(got: Any, wanted: Any) -> dict[str, float]:
         "d_c": (first.c, want_first.c),
         "d_h": (first.h, want_first.h),
     }
+    for state, outputs in inference:
+        pairs["inference_outputs"] = outputs, want_outputs
+        pairs["inference_c"] = state.c, want_state.c
+        pairs["inference_h"] = state.h, want_state.h
     return {name: distance(*pair) for name, pair in pairs.items()}
 
 

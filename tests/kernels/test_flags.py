@@ -16,6 +16,7 @@ import pytest
 from flax_lstm_kernels.gpu import slab_backward
 from flax_lstm_kernels.gpu.slab_backward import Backward, Carry
 from flax_lstm_kernels.gpu.slab_forward import Forward
+from flax_lstm_kernels.gpu.source import Span
 
 pytestmark = pytest.mark.kernels
 
@@ -93,7 +94,9 @@ class Recorder:
 
 def forward_events(blocks, steps):
     """Returns the events of each block, step by step."""
-    of = Forward(*map(Memory, ("z", "slabs", "lengths", "resets", "turns", "hs")), None)
+    names = ("slabs", "lengths", "resets", "turns", "hs")
+    span = Span(Memory("z"), 0, steps)
+    of = Forward(span, *map(Memory, names), None)
     recorders = [Recorder(unit, blocks) for unit in range(blocks)]
     phases = []
     for k in range(steps):

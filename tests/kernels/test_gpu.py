@@ -77,7 +77,8 @@ def test_what_is_kept_changes_no_result():
         run(given, plan, reverse=False, keep=keep).values for keep in (False, True)
     )
     for a, b in zip(short[:3], full[:3], strict=True):
-        np.testing.assert_array_equal(a, b)
+        # The inputs are multiplied by another kernel: a few roundings of float32.
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=3e-7)
     assert short[3].size == short[4].size == 0
 
 

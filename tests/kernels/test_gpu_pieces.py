@@ -1,21 +1,62 @@
-"""Inference piece by piece gives what all at once would, and holds less at a time."""
+"""Inference in pieces: where they lie, and that each gives what NumPy does."""
+
+import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from flax_lstm_kernels import compat, gpu
 from flax_lstm_kernels.gpu import Plan, forward, pieces
-from flax_lstm_kernels.gpu.pieces import LEAST, PROJECTED, in_pieces, piece_steps
+from flax_lstm_kernels.gpu.arrange import gates_apart, weights_out_in
+from flax_lstm_kernels.gpu.pieces import (
+    LEAST,
+    PROJECTED,
+    cuts,
+    in_copies,
+    last_steps,
+    piece_steps,
+)
 from flax_lstm_kernels.gpu.plan import PLANNERS, Sizes
+from flax_lstm_kernels.gpu.source import Piece
 from gpu_problems import BARS, problem, run
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
 
 
-def test_pieces_are_alike_and_neither_many_nor_large():
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_step_is_in_one_piece_and_overwrites_nothing(reverse):
+    """Gates lie where hs is neither written yet nor by the piece itself."""
+    sizes = (1, 3, 4, 5, 19, 20, 21, 27, 244, 251, 1024, 100_003)
+    for steps, last in itertools.product(sizes, (1, 2, 4)):
+        done = np.zeros(steps, bool)
+        for cut in (found := cuts(steps, last, reverse=reverse)):
+            here = slice(cut.first, cut.first + cut.count)
+            # The steps that come before it in the loop, and no others, are done.
+            assert done.all(where=np.arange(steps) < cut.first) or reverse
+            assert not done[cut.first :].any() or reverse
+            assert done[here.stop :].all() if reverse else True
+            assert not done[: here.stop].any() if reverse else True
+            done[here] = True
+            planes = slice(cut.plane, cut.plane + 4 * cut.count)
+            assert cut.count > 0
+            if cut.apart:
+                assert planes.start == 0
+                assert cut.count <= last
+            else:
+                assert cut.count >= last
+                assert planes.stop <= steps
+                assert not done[planes].any()
+        assert done.all()
+        # A fifth each time, rounded down; then at most five apart.
+        assert len(found) <= 6 + 2 * np.log(max(1, steps / (5 * last))) / np.log(1.25)
+
+
+def test_copied_pieces_are_alike_and_neither_many_nor_large():
     for steps in (1, 59, 60, 61, 64, 119, 120, 244, 251, 1024, 100_003):
-        for rows, size in ((8, 64), (256, 128), (2000, 128), (128, 1024)):
+        for rows, size in ((8, 64), (256, 128), (2000, 128), (7, 1024)):
             found, of_step = piece_steps(steps, rows, size, 2), rows * 4 * size * 2
             assert found == steps or (
                 found >= LEAST and found * of_step > PROJECTED / 2
@@ -47,7 +88,7 @@ def loop(inputs, c, h, lengths, resets, *, reverse):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6])
-def test_pieces_give_what_all_at_once_gives(size, reverse):
+def test_copied_pieces_give_what_all_at_once_gives(size, reverse):
     rng = np.random.default_rng(0)
     shapes = (6, 4, 3), (4, 3), (4, 3)
     x, c, h = (jnp.asarray(rng.normal(size=n), "float32") for n in shapes)
@@ -58,19 +99,117 @@ def test_pieces_give_what_all_at_once_gives(size, reverse):
         def of_piece(*arrays):
             return loop(*arrays, reverse=reverse)
 
-        got = in_pieces(of_piece, *given, size=size, reverse=reverse)
+        got = in_copies(of_piece, *given, size=size, reverse=reverse)
         for a, b in zip(got, of_piece(*given), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+class Alone(NamedTuple):
+    """One piece, run by itself: its problem, and the hs before and after it."""
+
+    given: tuple
+    before: np.ndarray
+    hs: np.ndarray
+    state: tuple
+
+
+def piece_alone(kernel, *, reverse, apart, dtype="float32"):
+    """Runs steps 2 and 3 of 4 of a sequence of 12, planes in hs from 4 or 5 on."""
+    x, weights, recurrent, bias, c, h, lengths, resets = problem(
+        (4, 9, 2, 60), dtype
+    ).arguments
+    lengths = lengths.at[2].set(3)
+    plan = {"cluster": Plan("cluster", 8, 2, 2)}.get(kernel, Plan(kernel, 8, 1 + 1))
+    size, filled = plan.size(60), 16
+    z = reference.f64(x) @ reference.f64(weights) + reference.f64(bias)
+    z = gates_apart(jnp.asarray(z, dtype), size).transpose(0, 2, 1, 3)
+    z = z[2:].reshape(8, 9, size)
+    first_plane = 0 if apart else 4
+    before = np.random.default_rng(0).normal(size=(12, filled, size)).astype(dtype)
+    held = before[:8].copy() if apart else before
+    held[first_plane : first_plane + 8] = np.nan  # of rows that are not there
+    held[first_plane : first_plane + 8, :9] = z
+    weights = gpu.ARRANGED[kernel](weights_out_in(recurrent, size))
+
+    def widened(array):
+        return jnp.pad(array, ((0, filled - 9), (0, size - 60)))
+
+    def function(hs, planes, c, h, lengths, resets):
+        hs = compat.in_place(hs)
+        planes = compat.in_place(planes) if apart else None
+        now = jnp.array([2, 2, first_plane], jnp.int32)
+        state = gpu.FORWARD[kernel](
+            Piece(hs, planes, now, 2),
+            weights,
+            widened(c),
+            widened(h),
+            jnp.pad(lengths, (0, filled - 9)),
+            resets,
+            reverse=reverse,
+            plan=plan,
+            interpret=NAN_FILLED,
+        )
+        return jax.freeze(hs), state
+
+    given = x[2:], recurrent, c, h, jnp.clip(lengths - 2, 0, 2), resets[2:], z
+    hs, state = jax.jit(function)(before, held, c, h, lengths, resets)
+    return Alone(given, before, np.asarray(hs), state)
+
+
+NAN_FILLED = compat.InterpretGPUParams(uninitialized_memory="nan")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reverse", "apart"),
+    [
+        ("single", False, False),
+        ("cluster", True, False),
+        ("grid", False, True),
+        ("step", True, False),
+    ],
+)
 @pytest.mark.kernels("interpreted")
-def test_the_kernel_gives_the_values_of_numpy(reverse, monkeypatch):
-    """A piece of three steps, and one of two."""
+def test_a_piece_has_the_values_of_numpy_and_writes_no_other_step(
+    kernel, reverse, apart
+):
+    alone = piece_alone(kernel, reverse=reverse, apart=apart)
+    x, recurrent, c, h, lengths, resets, _ = alone.given
+    _, weights, _, bias, *_ = problem((4, 9, 2, 60), "float32").arguments
+    want = reference.lstm(
+        (weights, recurrent, bias),
+        x,
+        (c, h),
+        lengths=lengths,
+        resets=resets,
+        reverse=reverse,
+        keep_order=True,
+    )
+    got = alone.hs[2:4, :9, :60], *(array[:9, :60] for array in alone.state)
+    for value, true in zip(got, (want.outputs, want.c, want.h), strict=True):
+        assert reference.error(value, true) < BARS["float32"][0]
+    others = [0, 1, *range(4, 12)]
+    np.testing.assert_array_equal(alone.hs[others], alone.before[others])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rows", "reverse"),
+    [
+        ("single", 9, False),
+        ("single", 9, True),
+        ("step", 9, False),
+        ("single", 3, True),
+    ],
+)
+@pytest.mark.kernels("interpreted")
+def test_a_sequence_in_pieces_has_the_values_of_numpy(
+    kernel, rows, reverse, monkeypatch
+):
+    """Two of one step whose gates lie in hs, and four apart; or three and three."""
+    monkeypatch.setattr(pieces, "LAST", 1)
     monkeypatch.setattr(pieces, "LEAST", 2)
     monkeypatch.setattr(pieces, "PROJECTED", 0)
-    given = problem((5, 9, 2, 7), "float32")
-    got = run(given, Plan("single", 8, 2), reverse=reverse, keep=False)
+    given = problem((6, rows, 2, 7), "float32")
+    got = run(given, Plan(kernel, 8, 2), reverse=reverse, keep=False)
     x, kernel, recurrent, bias, c, h, lengths, resets = given.arguments
     want = reference.lstm(
         (kernel, recurrent, bias),
@@ -83,12 +222,13 @@ def test_the_kernel_gives_the_values_of_numpy(reverse, monkeypatch):
     )
     for value, true in zip(got.values[:3], (want.outputs, want.c, want.h), strict=True):
         assert reference.error(value, true) < BARS["float32"][0]
+    assert not got.raced
 
 
 @pytest.mark.parametrize("kernel", ["single", "cluster", "grid", "step"])
 @pytest.mark.kernels("lowered")
 def test_the_projected_inputs_of_all_steps_are_nowhere(kernel):
-    """Nor is a launch of every piece in the program: one in a loop, and the rest."""
+    """Nor is a kernel of every piece in the program, but for `step`, which loops."""
     steps, rows, size, hidden = 251, 512, 2, 128
     plan = PLANNERS[kernel](Sizes("forward", steps, rows, hidden, 2, keep=False))
     shapes = (
@@ -116,4 +256,10 @@ def test_the_projected_inputs_of_all_steps_are_nowhere(kernel):
     assert whole in module(keep=True)
     text = module(keep=False)
     assert whole not in text
-    assert text.count("custom_call @mosaic_gpu_v2") == 2
+    # `project` and the kernel, each with planes in hs and apart.
+    launches = (
+        4
+        if kernel != "step"
+        else 2 + len(cuts(steps, last_steps(rows * size * 2), reverse=False))
+    )
+    assert text.count("custom_call @mosaic_gpu_v2") == launches

@@ -54,7 +54,8 @@ def test_without_resets_and_without_what_is_kept():
     judge(given, got, reverse=False, bars=BARS["float32"])
     short = run(given, plan, reverse=False, keep=False).values
     for a, b in zip(short[:3], got.values[:3], strict=True):
-        np.testing.assert_array_equal(a, b)
+        # The inputs are multiplied by another kernel: a few roundings of float32.
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=3e-7)
     assert short[3].size == short[4].size == 0
 
 

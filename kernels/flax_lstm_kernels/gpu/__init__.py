@@ -36,8 +36,9 @@ from flax_lstm_kernels.gpu.arrange import (
     weights_out_in,
 )
 from flax_lstm_kernels.gpu.common import as_operand
-from flax_lstm_kernels.gpu.pieces import in_pieces, piece_steps
+from flax_lstm_kernels.gpu.pieces import inference
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
+from flax_lstm_kernels.gpu.project import project, weights_of_inputs
 from flax_lstm_kernels.gpu.slabs import slabs_out_in
 
 __all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
@@ -120,35 +121,31 @@ def forward(
     filled, size = up(rows, plan.rows), plan.size(hidden)
     weights = weights_out_in(as_operand(recurrent_kernel, dtype), size)
     weights = ARRANGED[plan.kernel](weights)
+    lengths = fill(lengths, 0, filled)
 
-    def run(inputs: Array, *others: Array) -> tuple[Array, ...]:
-        c, h, lengths, resets = others
+    def run(source: Any, *others: Array) -> tuple[Array, ...]:
         return FORWARD[plan.kernel](
-            projected(fill(inputs, 1, filled), kernel, bias, size),
-            weights,
-            c,
-            h,
-            lengths,
-            resets,
-            reverse=reverse,
-            keep=keep,
-            plan=plan,
-            interpret=interpret,
+            source, weights, *others, reverse=reverse, plan=plan, interpret=interpret
         )
 
-    others = (
-        fill(fill(c.astype(jnp.float32), 0, filled), 1, size),
-        fill(fill(h.astype(dtype), 0, filled), 1, size),
-        fill(lengths, 0, filled),
-        resets,
-    )
+    c = fill(fill(c.astype(jnp.float32), 0, filled), 1, size)
+    h = fill(fill(h.astype(dtype), 0, filled), 1, size)
     if keep:
-        hs, c, h, gates, before = run(inputs, *others)
+        z = projected(fill(inputs, 1, filled), kernel, bias, size)
+        hs, c, h, gates, before = run(z, c, h, lengths, resets)
         gates = gates_joined(gates[:, :rows], hidden)
         before = before[:, :rows, :hidden]
     else:
-        at_once = piece_steps(steps, filled, size, dtype.itemsize)
-        hs, c, h = in_pieces(run, inputs, *others, size=at_once, reverse=reverse)
+        of_inputs = weights_of_inputs(kernel, bias, size, dtype)
+
+        def to_planes(inputs: Array, planes: Any, now: Array) -> None:
+            project(inputs, of_inputs, planes, now, size=size, interpret=interpret)
+
+        # Traced once for all pieces, but for `step`, where each is a loop of its own.
+        of_piece = run if plan.kernel == "step" else jax.jit(run)
+        hs, c, h = inference(
+            to_planes, of_piece, inputs, c, h, lengths, resets, reverse=reverse
+        )
         gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
         before = jnp.zeros((0, 0, hidden), jnp.float32)
     hs, c, h = hs[:, :rows, :hidden], c[:rows, :hidden], h[:rows, :hidden]

@@ -128,14 +128,3 @@ def tile_masks(
 def state_like(rows: int, size: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     """Returns the type of a state `[N, P]`."""
     return jax.ShapeDtypeStruct((rows, size), dtype)
-
-
-def forward_results(
-    gates: Float[Array, "T N 4 P"], dtype: Any, *, keep: bool
-) -> list[jax.ShapeDtypeStruct]:
-    """Returns the types of what a forward kernel makes: hs, c, h, and before."""
-    steps, rows, _, size = gates.shape
-    sequence = (steps, rows, size)
-    made = [jax.ShapeDtypeStruct(sequence, dtype)]
-    made += [state_like(rows, size), state_like(rows, size, dtype)]
-    return made + [jax.ShapeDtypeStruct(sequence, jnp.float32)] * keep

@@ -13,7 +13,7 @@ Step     wgmma on h starts, and the next step's gates are asked for; z comes thr
          shared memory into the layout of `cluster_tiles`; the pointwise part; the own
          part of h goes to all other blocks (`cluster_exchange`); while it is under
          way, the results go out to memory.
-Memory   The gates after activation take the place of those before.
+Memory   As `single`.
 Masks    Past a row's length c and h stay and hs is 0; at a reset h R and c are taken
          as 0.
 Numerics As `single`.
@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import forward_results, tile_masks
+from flax_lstm_kernels.gpu.arrange import tile_masks
 from flax_lstm_kernels.gpu.cluster_exchange import (
     SLOTS,
     Copy,
@@ -51,9 +51,9 @@ from flax_lstm_kernels.gpu.common import (
     Registers,
     as_operand,
     step_forward,
-    with_gates,
 )
 from flax_lstm_kernels.gpu.plan import Plan
+from flax_lstm_kernels.gpu.source import Kind, forward_results, on_source
 
 
 def weights_of_pairs(weights: Any) -> Any:
@@ -64,33 +64,35 @@ def weights_of_pairs(weights: Any) -> Any:
 
 
 def body(
-    *refs, team: Team, rows: int, reverse: bool, keep: bool, cuts: bool, plain: bool
+    *refs, team: Team, rows: int, kind: Kind, reverse: bool, cuts: bool, plain: bool
 ):
     """Runs one warpgroup; see the module."""
-    take = Refs(refs)
-    gates_ref, weights_ref, c_ref, h_ref, operand_ref, ends_ref, lengths_ref = (
-        take() for _ in range(7)
+    take, keep = Refs(refs), kind.keep
+    hs_ref, span = kind.taken(take)
+    weights_ref, c_ref, h_ref, operand_ref, ends_ref, lengths_ref = (
+        take() for _ in range(6)
     )
     resets_ref = take(cuts)
-    hs_ref, c_last_ref, h_last_ref, before_ref = take(), take(), take(), take(keep)
+    hs_ref = take() if keep else hs_ref
+    c_last_ref, h_last_ref, before_ref = take(), take(), take(keep)
     weights, h_pair, z_tile, loaded, barriers = (take() for _ in range(5))
 
     tile, (rank, group) = lax.axis_index("tile"), team.place()
     batch = pl.ds(tile * rows, rows)
     units = pl.ds((rank * team.groups + group) * WIDTH, WIDTH)
-    steps, end = hs_ref.shape[0], ends_ref[tile]
+    end = span.end(ends_ref[tile])
     dtype = h_pair.dtype
     registers, values = Registers(plain), Tiles(plain)
     exchange = Exchange(team, barriers, rank, transforms(dtype))
     here, peers = exchange.here, others(rank, team.members)
 
     def time(k: Any) -> Any:
-        return end - 1 - k if reverse else k
+        return span.first + (end - 1 - k if reverse else k)
 
     def given(k: Any) -> tuple[Any, ...]:
         """Loads the gates before activation; of a step there is not, those of one."""
-        t = jnp.clip(time(k), 0, steps - 1)
-        places = [gates_ref.at[t, batch, n, units] for n in range(4)]
+        t = jnp.clip(time(k), span.first, span.first + span.count - 1)
+        places = [span.gate(t, batch, n, units) for n in range(4)]
         return tuple(values.load(place, dtype) for place in places)
 
     ready = loaded.at[here]
@@ -151,7 +153,7 @@ def body(
         if keep:
             values.store(before_ref.at[t, batch, units], c_start)
             for n, gate in enumerate(gates):
-                values.store(gates_ref.at[t, batch, n, units], gate)
+                values.store(span.gate(t, batch, n, units), gate)
         # Of the last step too: a branch here would cost more, in every step.
         exchange.wait(k)
         return c, h, z_next
@@ -160,15 +162,16 @@ def body(
     values.store(c_last_ref.at[batch, units], c)
     values.store(h_last_ref.at[batch, units], h)
 
-    def clear(t: Any, nothing: None) -> None:
+    def clear(k: Any, nothing: None) -> None:
+        t = span.first + k
         values.store(hs_ref.at[t, batch, units], jnp.zeros_like(h))
 
-    lax.fori_loop(end, steps, clear, None)
+    lax.fori_loop(end, span.count, clear, None)
     exchange.finish()
 
 
 def forward_pass(
-    gates: Any,
+    source: Any,
     weights: Any,
     c: Any,
     h: Any,
@@ -176,13 +179,11 @@ def forward_pass(
     resets: Any,
     *,
     reverse: bool,
-    keep: bool,
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
     """Runs the kernel; arguments and results are those of `single.forward_pass`."""
-    _, filled, _, size = gates.shape
-    dtype, rows = weights.dtype, plan.rows
+    (filled, size), dtype, rows = c.shape, weights.dtype, plan.rows
     team = Team(plan.blocks, size // (WIDTH * plan.blocks), together=bool(interpret))
     copies = (team.members - 1) * team.groups * rows // EIGHT
     scratch = [
@@ -199,12 +200,12 @@ def forward_pass(
             body,
             team=team,
             rows=rows,
+            kind=Kind.of(source),
             reverse=reverse,
-            keep=keep,
             cuts=bool(resets.size),
             plain=Registers.of(interpret).plain,
         ),
-        out_type=forward_results(gates, dtype, keep=keep),
+        out_type=forward_results(source, c, h),
         scratch_types=scratch,
         interpret=interpret,
         name="flax_lstm_forward",
@@ -212,4 +213,4 @@ def forward_pass(
         auto_barriers=False,
         **team.mesh(filled // rows),
     )
-    return with_gates(run, gates, operands, keep=keep)
+    return on_source(run, source, operands)

@@ -56,21 +56,6 @@ def widened(value: Any, bits: Any = None) -> Any:
     return value.astype(jnp.float32)
 
 
-def with_gates(
-    run: Callable[..., Any], gates: Any, operands: list[Any], *, keep: bool
-) -> tuple[Any, ...]:
-    """Calls a forward kernel; with `keep`, the gates take the place of what it reads.
-
-    Returns:
-      `(hs, c, h)`, and with `keep` `(hs, c, h, gates, before)`.
-    """
-    if not keep:
-        return tuple(run(gates, *operands))
-    in_place = jax.new_ref(gates, memory_space=plgpu.GMEM)
-    hs, c, h, before = run(in_place, *operands)
-    return hs, c, h, jax.freeze(in_place), before
-
-
 def as_operand(value: Any, dtype: Any) -> Any:
     """Rounds to what the matrix instruction takes of a dtype: of float32, tf32.
 

@@ -9,7 +9,7 @@ Resident No launch promises that all blocks run at once, and a block that waits 
          that has not begun waits for ever. So there are no more of them than
          SMs, and no more than 128; nothing else may hold an SM for good.
 Time     Each tile runs as long as its longest row.
-Memory   The gates after activation take the place of those before.
+Memory   As `single`.
 Measured Not yet run on hardware. The interpreter runs all blocks of a tile at once,
          with `Slots` for flags: it shows that the results are right if flags and fences
          do what they should, which it cannot show.
@@ -25,31 +25,36 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import (
-    forward_results,
-    masks,
-    state_like,
-    tile_ends,
-)
+from flax_lstm_kernels.gpu.arrange import masks, state_like, tile_ends
 from flax_lstm_kernels.gpu.common import Refs, Registers, as_operand
 from flax_lstm_kernels.gpu.flags import Flags, Slots
 from flax_lstm_kernels.gpu.plan import Plan, blocks_at_once, tiles_at_once
 from flax_lstm_kernels.gpu.slab_backward import GROUP, Backward, Carry
 from flax_lstm_kernels.gpu.slab_forward import Forward
 from flax_lstm_kernels.gpu.slabs import UNITS, Block, Cut
+from flax_lstm_kernels.gpu.source import Kind, forward_results, on_source
 
 
-def each_tile(ends: Any, at_once: int, tile: Callable[[Any, Any, Any], Any]) -> None:
+def each_tile(
+    ends: Any,
+    at_once: int,
+    tile: Callable[[Any, Any, Any], Any],
+    of: Callable[[Any], Any] = lambda end: end,
+) -> None:
     """Runs `tile(number, end, passed)` for each of this block's tiles.
 
-    `passed` counts the steps of the tiles that it has run before.
+    Args:
+      ends: When each tile has ended.
+      at_once: Tiles that run at once.
+      tile: Given the steps of the tiles that this block has run before as `passed`.
+      of: Makes of a tile's end the steps that it has here.
     """
     first = lax.axis_index("tile")
     mine = (ends.shape[0] - first + at_once - 1) // at_once
 
     def one(n: Any, passed: Any) -> Any:
         number = n * at_once + first
-        end = ends[number]
+        end = of(ends[number])
         tile(number, end, passed)
         return passed + end
 
@@ -60,19 +65,21 @@ def forward_body(
     *refs: Any,
     cut: Cut,
     at_once: int,
+    kind: Kind,
     reverse: bool,
-    keep: bool,
     cuts: bool,
     plain: bool,
     make_flags: Callable[[], Any],
 ) -> None:
     """Runs one block forward; see the module."""
     take = Refs(refs)
-    z, turns, slabs, c_first, ends, lengths = (take() for _ in range(6))
-    resets, hs, c_last, h_last = take(cuts), take(), take(), take()
-    before = take(keep)
+    hs, span = kind.taken(take)
+    turns, slabs, c_first, ends, lengths = (take() for _ in range(5))
+    resets = take(cuts)
+    hs = take() if kind.keep else hs
+    c_last, h_last, before = take(), take(), take(kind.keep)
     block, flags = Block(cut, plain, *take.rest), make_flags()
-    of = Forward(z, slabs, lengths, resets, turns, hs, before)
+    of = Forward(span, slabs, lengths, resets, turns, hs, before)
     unit, flag = lax.axis_index("unit"), lax.axis_index("tile")
     units, members = pl.ds(unit * UNITS, UNITS), cut.size // UNITS
     block.keep_weights(of.slab(unit))
@@ -85,7 +92,7 @@ def forward_body(
             return of.step(
                 block,
                 flags,
-                t=end - 1 - k if reverse else k,
+                t=span.first + (end - 1 - k if reverse else k),
                 turn=lax.rem(k, 2),
                 rows=rows,
                 unit=unit,
@@ -104,12 +111,12 @@ def forward_body(
         block.store(c_last.at[rows, units], c)
         block.store(h_last.at[rows, units], h)
 
-        def clear(t: Any, nothing: None) -> None:
-            block.store(hs.at[t, rows, units], jnp.zeros_like(c))
+        def clear(k: Any, nothing: None) -> None:
+            block.store(hs.at[span.first + k, rows, units], jnp.zeros_like(c))
 
-        lax.fori_loop(end, hs.shape[0], clear, None)
+        lax.fori_loop(end, span.count, clear, None)
 
-    each_tile(ends, at_once, tile)
+    each_tile(ends, at_once, tile, of=span.end)
 
 
 def backward_body(
@@ -229,7 +236,7 @@ def launch(
 
 
 def forward_pass(
-    gates: Any,
+    source: Any,
     weights: Any,
     c: Any,
     h: Any,
@@ -237,27 +244,24 @@ def forward_pass(
     resets: Any,
     *,
     reverse: bool,
-    keep: bool,
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
     """Runs the kernel forward; arguments and results as `single.forward_pass`."""
-    _, filled, _, size = gates.shape
-    dtype = weights.dtype
+    (filled, size), dtype = c.shape, weights.dtype
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=True)
-    operands = [weights, c, tile_ends(lengths, plan.rows)]
+    turns = compat.in_place(jnp.stack([as_operand(h, dtype), h]))
+    operands = [turns, weights, c, tile_ends(lengths, plan.rows)]
     operands += masks(lengths, resets)
+    body = partial(forward_body, kind=Kind.of(source), reverse=reverse)
     run = launch(
-        partial(forward_body, reverse=reverse, keep=keep, cuts=bool(resets.size)),
+        partial(body, cuts=bool(resets.size)),
         cut,
         filled,
-        forward_results(gates, dtype, keep=keep),
+        forward_results(source, c, h),
         interpret,
     )
-    in_place = compat.in_place(gates)
-    turns = compat.in_place(jnp.stack([as_operand(h, dtype), h]))
-    hs, c, h, *before = run(in_place, turns, *operands)
-    return hs, c, h, *((jax.freeze(in_place), *before) if keep else ())
+    return on_source(run, source, operands)
 
 
 def backward_pass(

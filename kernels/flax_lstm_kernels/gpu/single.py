@@ -17,7 +17,8 @@ Barriers None but those written here: 3 of a warpgroup in a step, where Pallas'
          thread reaches when it has read: of h, a step later; of the gates that came in,
          at the next step's fetch. What goes out is overwritten after
          `wait_smem_to_gmem`, where all threads wait.
-Memory   The gates after activation take the place of those before.
+Memory   What is kept of the gates takes the place of those before activation; of a
+         piece nothing is kept, and hs is written in place.
 Masks    Past a row's length c and h stay and hs is 0; at a reset h R and c are taken
          as 0.
 Numerics Products take bfloat16, float16, or float32 as tf32 (weights and h are rounded
@@ -35,7 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import UNITS, forward_results, tile_masks
+from flax_lstm_kernels.gpu.arrange import UNITS, kept_dtype, tile_masks
 from flax_lstm_kernels.gpu.common import (
     Refs,
     Registers,
@@ -43,19 +44,19 @@ from flax_lstm_kernels.gpu.common import (
     meet,
     step_forward,
     tiled,
-    with_gates,
 )
 from flax_lstm_kernels.gpu.plan import Plan
+from flax_lstm_kernels.gpu.source import Kind, forward_results, on_source
 
 
-def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
+def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
     """Runs one tile; see the module."""
-    take = Refs(refs)
-    gates_ref, weights_ref, c_ref, h_ref, ends_ref, lengths_ref = (
-        take() for _ in range(6)
-    )
+    take, keep = Refs(refs), kind.keep
+    hs_ref, span = kind.taken(take)
+    weights_ref, c_ref, h_ref, ends_ref, lengths_ref = (take() for _ in range(5))
     resets_ref = take(cuts)
-    hs_ref, c_last_ref, h_last_ref, before_ref = take(), take(), take(), take(keep)
+    hs_ref = take() if keep else hs_ref
+    c_last_ref, h_last_ref, before_ref = take(), take(), take(keep)
     weights, h_pair, z_slots, c_tile, h_tile, out_gates = (
         take(), take(), take(), take(), take(), take(keep),
     )  # fmt: skip
@@ -65,16 +66,16 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
     groups = weights.shape[0]
     tile, group = lax.axis_index("tile"), lax.axis_index("group")
     rows, units = pl.ds(tile * plan.rows, plan.rows), pl.ds(group * UNITS, UNITS)
-    steps, end = hs_ref.shape[0], ends_ref[tile]
+    end = span.end(ends_ref[tile])
 
     def time(k: Any) -> Any:
-        return end - 1 - k if reverse else k
+        return span.first + (end - 1 - k if reverse else k)
 
     def fetch(k: Any) -> None:
         slot = lax.rem(k, plan.stages)
         for n in range(4):
             plgpu.copy_gmem_to_smem(
-                gates_ref.at[time(k), rows, n, units],
+                span.gate(time(k), rows, n, units),
                 z_slots.at[slot, group, n],
                 z_ready.at[group * plan.stages + slot],
             )
@@ -113,7 +114,7 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
             for n in range(4):
                 plgpu.copy_smem_to_gmem(
                     out_gates.at[group, n],
-                    gates_ref.at[t, rows, n, units],
+                    span.gate(t, rows, n, units),
                     commit_group=False,
                 )
             plgpu.copy_smem_to_gmem(
@@ -174,15 +175,16 @@ def body(*refs, plan: Plan, reverse: bool, keep: bool, cuts: bool, plain: bool):
     registers.store(h_tile.at[group], jnp.zeros((UNITS, plan.rows), h_tile.dtype))
     plgpu.commit_smem()
 
-    def clear(t: Any, nothing: None) -> None:
+    def clear(k: Any, nothing: None) -> None:
+        t = span.first + k
         plgpu.copy_smem_to_gmem(h_tile.at[group], hs_ref.at[t, rows, units])
 
-    lax.fori_loop(end, steps, clear, None)
+    lax.fori_loop(end, span.count, clear, None)
     plgpu.wait_smem_to_gmem(0)
 
 
 def forward_pass(
-    gates: Any,
+    source: Any,
     weights: Any,
     c: Any,
     h: Any,
@@ -190,14 +192,14 @@ def forward_pass(
     resets: Any,
     *,
     reverse: bool,
-    keep: bool,
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
     """Runs the kernel; arrays filled up, see `flax_lstm_kernels.gpu.forward`.
 
     Args:
-      gates: `[T, N, 4, P]` before activation, from `projected`.
+      source: The gates of all steps before activation, `[T, N, 4, P]`, from
+        `projected`; or a `Piece`.
       weights: In the computation dtype, from `weights_out_in`, and then as the kernel
         reads them; see `ARRANGED` of `flax_lstm_kernels.gpu`.
       c: `[N, P]` in float32.
@@ -205,15 +207,16 @@ def forward_pass(
       lengths: int32 `[N]`.
       resets: `[T, N]`, or empty.
       reverse: From the last valid step to the first.
-      keep: Also returns the last two results, the gates in the place of `gates`.
       plan: How to cut up the work.
       interpret: Runs on any device: True, or the interpreter's parameters.
 
     Returns:
-      `(hs [T, N, P], c, h, gates [T, N, 4, P], before [T, N, P])`.
+      `(hs [T, N, P], c, h, gates [T, N, 4, P], before [T, N, P])`, the gates in the
+      place of those given; of a piece `(c, h)`.
     """
-    _, filled, _, size = gates.shape
-    groups, dtype, kept = size // UNITS, weights.dtype, gates.dtype
+    kind = Kind.of(source)
+    (filled, size), dtype = c.shape, weights.dtype
+    groups, kept = size // UNITS, kept_dtype(dtype) if kind.keep else dtype
     place = (plan.rows, UNITS)
     scratch = [
         tiled((groups, 4, groups, UNITS, UNITS), dtype),
@@ -222,7 +225,7 @@ def forward_pass(
         tiled((groups, *place), jnp.float32),
         tiled((groups, *place), dtype),
     ]
-    if keep:
+    if kind.keep:
         scratch.append(tiled((groups, 4, *place), kept))
     scratch += [
         plgpu.Barrier(num_arrivals=4 * groups + 2, num_barriers=groups),
@@ -234,12 +237,12 @@ def forward_pass(
         partial(
             body,
             plan=plan,
+            kind=kind,
             reverse=reverse,
-            keep=keep,
             cuts=bool(resets.size),
             plain=Registers.of(interpret).plain,
         ),
-        out_type=forward_results(gates, dtype, keep=keep),
+        out_type=forward_results(source, c, h),
         scratch_types=scratch,
         interpret=interpret,
         name="flax_lstm_forward",
@@ -250,4 +253,4 @@ def forward_pass(
         num_threads=groups,
         thread_name="group",
     )
-    return with_gates(run, gates, operands, keep=keep)
+    return on_source(run, source, operands)

@@ -16,14 +16,15 @@ from jax.experimental import pallas as pl
 
 from flax_lstm_kernels.gpu.common import as_operand, step_forward
 from flax_lstm_kernels.gpu.slabs import UNITS
+from flax_lstm_kernels.gpu.source import Span
 
 
 class Forward(NamedTuple):
     """What the forward pass reads and writes, in global memory.
 
     Attributes:
-      z: `[T, rows, 4, P]` pre-activations, in the bits of the computation dtype; with
-        what is kept the gates take their place.
+      span: The steps, and where their pre-activations lie, in the bits of the
+        computation dtype; with what is kept the gates take their place.
       slabs: `[4P, P]`, for each block of units its four gates (to, from).
       lengths: `[rows]`.
       resets: `[T, rows]`, or None.
@@ -32,7 +33,7 @@ class Forward(NamedTuple):
       before: `[T, rows, P]`, or None for nothing kept.
     """
 
-    z: Any
+    span: Span
     slabs: Any
     lengths: Any
     resets: Any
@@ -75,7 +76,8 @@ class Forward(NamedTuple):
         units = pl.ds(unit * UNITS, UNITS)
         # Nothing here depends on the other blocks: it is read ahead of the wait.
         dtype = self.hs.dtype
-        z = [block.load(self.z.at[t, rows, n, units], dtype) for n in range(4)]
+        places = [self.span.gate(t, rows, n, units) for n in range(4)]
+        z = [block.load(place, dtype) for place in places]
         live = block.per_row(self.lengths.at[rows]) > t
         fresh = None
         if self.resets is not None:
@@ -93,6 +95,6 @@ class Forward(NamedTuple):
         block.store(self.hs.at[t, rows, units], jnp.where(live, new_h, 0.0))
         if self.before is not None:
             block.store(self.before.at[t, rows, units], start)
-            for gate, value in enumerate(gates):
-                block.store(self.z.at[t, rows, gate, units], value)
+            for place, gate in zip(places, gates, strict=True):
+                block.store(place, gate)
         return jnp.where(live, new_c, c), h

@@ -7,9 +7,8 @@ Grid     (units in 16s, tiles of the batch), of any size.
 Weights  Pass through shared memory at every step, from the level-2 cache if that holds
          them. The gates are computed in the block that has multiplied, and never pass
          through memory before.
-State    c, h and the gradients stay in global memory, in place; the gates after
-         activation take the place of those before. Tiles whose rows have all ended do
-         nothing.
+State    c, h and the gradients stay in global memory, in place; the gates as in
+         `single`. Tiles whose rows have all ended multiply nothing.
 Measured Not yet run on hardware.
 """
 
@@ -30,15 +29,17 @@ from flax_lstm_kernels.gpu.plan import Plan
 from flax_lstm_kernels.gpu.slab_backward import GROUP, Backward, Carry
 from flax_lstm_kernels.gpu.slab_forward import Forward
 from flax_lstm_kernels.gpu.slabs import UNITS, Block, Cut
+from flax_lstm_kernels.gpu.source import Kind, forward_results, opened
 
 NONE = Launches()
 
 
-def forward_body(*refs: Any, cut: Cut, keep: bool, cuts: bool, plain: bool) -> None:
+def forward_body(*refs: Any, cut: Cut, kind: Kind, cuts: bool, plain: bool) -> None:
     """Runs one block of one step forward; see the module."""
     take = Refs(refs)
-    z, turns, c_state, h_state = take(), take(), take(), take()
-    hs, before = take(), take(keep)
+    hs, span = kind.taken(take)
+    turns, c_state, h_state = take(), take(), take()
+    hs, before = take() if kind.keep else hs, take(kind.keep)
     now, slabs, ends, lengths, resets = take(), take(), take(), take(), take(cuts)
     block = Block(cut, plain, *take.rest)
     unit, tile = lax.axis_index("unit"), lax.axis_index("tile")
@@ -47,7 +48,7 @@ def forward_body(*refs: Any, cut: Cut, keep: bool, cuts: bool, plain: bool) -> N
 
     @pl.when(t < ends[tile])
     def run() -> None:
-        of = Forward(z, slabs, lengths, resets, turns, hs, before)
+        of = Forward(span, slabs, lengths, resets, turns, hs, before)
         c, h = of.step(
             block,
             NONE,
@@ -62,6 +63,11 @@ def forward_body(*refs: Any, cut: Cut, keep: bool, cuts: bool, plain: bool) -> N
         )
         block.store(c_state.at[rows, units], c)
         block.store(h_state.at[rows, units], h)
+
+    @pl.when(t >= ends[tile])
+    def clear() -> None:
+        nothing = jnp.zeros_like(block.load(c_state.at[rows, units]))
+        block.store(hs.at[t, rows, units], nothing)
 
 
 def activate_body(*refs: Any, cut: Cut, cuts: bool, plain: bool) -> None:
@@ -133,7 +139,7 @@ def launch(
 
 
 def forward_pass(
-    gates: Any,
+    source: Any,
     weights: Any,
     c: Any,
     h: Any,
@@ -141,32 +147,34 @@ def forward_pass(
     resets: Any,
     *,
     reverse: bool,
-    keep: bool,
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
     """Runs the kernel forward; arguments and results as `single.forward_pass`."""
-    steps, filled, _, size = gates.shape
-    dtype = weights.dtype
+    (filled, size), dtype, kind = c.shape, weights.dtype, Kind.of(source)
+    first, steps = (0, len(source)) if kind.keep else (source.now[0], source.count)
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=False)
     given = [weights, tile_ends(lengths, plan.rows)]
     given += masks(lengths, resets)
-    body = partial(forward_body, keep=keep, cuts=bool(resets.size))
+    body = partial(forward_body, kind=kind, cuts=bool(resets.size))
     run = launch(body, "forward", cut, filled, interpret)
     operand = as_operand(h, dtype)
-    written = [gates, jnp.stack([operand, operand]), c, h]
-    written.append(jnp.zeros((steps, filled, size), dtype))
-    if keep:
-        written.append(jnp.zeros((steps, filled, size), jnp.float32))
-    refs = [compat.in_place(array) for array in written]
+    written = [jnp.stack([operand, operand]), c, h]
+    if kind.keep:
+        hs, _, _, before = forward_results(source, c, h)
+        written += [lax.empty(like.shape, like.dtype) for like in (hs, before)]
+    refs = [*opened(source), *(compat.in_place(array) for array in written)]
 
     def step(k: Any, nothing: None) -> None:
-        t = steps - 1 - k if reverse else k
+        t = first + (steps - 1 - k if reverse else k)
         run(*refs, jnp.stack([t, k % 2]), *given)
 
     lax.fori_loop(0, steps, step, None)
-    gates, _, c, h, hs, *before = (jax.freeze(ref) for ref in refs)
-    return hs, c, h, *((gates, *before) if keep else ())
+    if not kind.keep:
+        c, h = refs[-2:]
+        return jax.freeze(c), jax.freeze(h)
+    gates, _, c, h, hs, before = (jax.freeze(ref) for ref in refs)
+    return hs, c, h, gates, before
 
 
 def backward_pass(

@@ -1,0 +1,128 @@
+"""What a forward kernel runs over: the gates of all steps, or a piece of them.
+
+Axes     T time, N batch in whole tiles, P hidden size in whole groups of units,
+         S planes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flax_lstm_kernels import compat
+
+
+class Piece(NamedTuple):
+    """What a kernel forward is given where nothing is kept.
+
+    Attributes:
+      hs: Reference to `[T, N, P]`, to be written in place.
+      planes: Reference to `[S, N, P]` with the gates before activation, in the dtype of
+        hs; None where that is hs.
+      now: int32, `Cut.first`, `count` and `plane`.
+      count: Steps of this piece.
+    """
+
+    hs: Any
+    planes: Any
+    now: Array
+    count: int
+
+
+class Span(NamedTuple):
+    """The steps of a launch, as the kernel sees them.
+
+    Attributes:
+      gates: Reference to the gates of all steps `[T, N, 4, P]`, or to planes.
+      first: The first step.
+      count: How many there are.
+      plane: The first plane; None where there are none.
+    """
+
+    gates: Any
+    first: Any
+    count: Any
+    plane: Any = None
+
+    @classmethod
+    def of(cls, gates: Any, now: Any) -> "Span":
+        """Returns the span of a piece, or without one (None) that of all steps."""
+        if now is None:
+            return cls(gates, 0, gates.shape[0])
+        return cls(gates, now[0], now[1], now[2])
+
+    def end(self, length: Any) -> Any:
+        """Returns how many of the steps a row or tile of this length has."""
+        if self.plane is None:
+            return length
+        return jnp.clip(length - self.first, 0, self.count)
+
+    def gate(self, t: Any, rows: Any, n: int, units: Any) -> Any:
+        """Returns where gate n of step t lies."""
+        if self.plane is None:
+            return self.gates.at[t, rows, n, units]
+        return self.gates.at[self.plane + 4 * (t - self.first) + n, rows, units]
+
+
+class Kind(NamedTuple):
+    """What a forward kernel reads over time, and where hs goes.
+
+    Attributes:
+      keep: All steps are run, and what the backward pass needs is kept.
+      apart: The planes of a piece are not those of hs.
+    """
+
+    keep: bool
+    apart: bool
+
+    @classmethod
+    def of(cls, source: Any) -> "Kind":
+        """Describes the gates of all steps, or a `Piece`."""
+        piece = isinstance(source, Piece)
+        return cls(not piece, piece and source.planes is not None)
+
+    def taken(self, take: Callable[..., Any]) -> tuple[Any, Span]:
+        """Takes what `opened` gave; returns hs (None with `keep`)."""
+        hs = take(not self.keep)
+        gates = take() if self.keep or self.apart else hs
+        return hs, Span.of(gates, take(not self.keep))
+
+
+def forward_results(
+    source: Any, c: Float[Array, "N P"], h: Float[Array, "N P"]
+) -> list[jax.ShapeDtypeStruct]:
+    """Returns the types of what a forward kernel makes: hs, c, h, before; or c, h."""
+    state = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (c, h)]
+    if isinstance(source, Piece):
+        return state
+    sequence = (source.shape[0], *c.shape)
+    hs, before = (jax.ShapeDtypeStruct(sequence, array.dtype) for array in (h, c))
+    return [hs, *state, before]
+
+
+def opened(source: Any) -> list[Any]:
+    """Returns the first arguments of a forward kernel, for `Kind.taken`.
+
+    Of the gates of all steps a reference to them, for others to take their place.
+    """
+    if not isinstance(source, Piece):
+        return [compat.in_place(source)]
+    planes = [] if source.planes is None else [source.planes]
+    return [source.hs, *planes, source.now]
+
+
+def on_source(
+    run: Callable[..., Any], source: Any, operands: list[Any]
+) -> tuple[Any, ...]:
+    """Calls a forward kernel on the gates of all steps, or on a piece.
+
+    Returns:
+      `(hs, c, h, gates, before)`; of a `Piece`, whose hs is written in place, `(c, h)`.
+    """
+    first = opened(source)
+    if isinstance(source, Piece):
+        return tuple(run(*first, *operands))
+    hs, c, h, before = run(*first, *operands)
+    return hs, c, h, jax.freeze(first[0]), before
