@@ -256,10 +256,8 @@ def test_the_projected_inputs_of_all_steps_are_nowhere(kernel):
     assert whole in module(keep=True)
     text = module(keep=False)
     assert whole not in text
-    # `project` and the kernel, each with planes in hs and apart.
-    launches = (
-        4
-        if kernel != "step"
-        else 2 + len(cuts(steps, last_steps(rows * size * 2), reverse=False))
-    )
-    assert text.count("custom_call @mosaic_gpu_v2") == launches
+    # `project` and the kernel, each with planes in hs and apart. (0.12 also tells what
+    # the first piece is given from what others are.)
+    count = len(cuts(steps, last_steps(rows * hidden * 2), reverse=False))
+    launches = 2 + count if kernel == "step" else 4
+    assert launches <= text.count("custom_call @mosaic_gpu_v2") <= launches + 1

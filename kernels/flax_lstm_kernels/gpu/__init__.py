@@ -21,6 +21,7 @@ from flax_lstm_kernels.gpu import (
     cluster,
     cluster_backward,
     grid,
+    project,
     single,
     single_backward,
     step,
@@ -38,7 +39,6 @@ from flax_lstm_kernels.gpu.arrange import (
 from flax_lstm_kernels.gpu.common import as_operand
 from flax_lstm_kernels.gpu.pieces import inference
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
-from flax_lstm_kernels.gpu.project import project, weights_of_inputs
 from flax_lstm_kernels.gpu.slabs import slabs_out_in
 
 __all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
@@ -136,10 +136,12 @@ def forward(
         gates = gates_joined(gates[:, :rows], hidden)
         before = before[:, :rows, :hidden]
     else:
-        of_inputs = weights_of_inputs(kernel, bias, size, dtype)
+        of_inputs = project.weights_of_inputs(kernel, bias, size, dtype)
 
         def to_planes(inputs: Array, planes: Any, now: Array) -> None:
-            project(inputs, of_inputs, planes, now, size=size, interpret=interpret)
+            project.project(
+                inputs, of_inputs, planes, now, size=size, interpret=interpret
+            )
 
         # Traced once for all pieces, but for `step`, where each is a loop of its own.
         of_piece = run if plan.kernel == "step" else jax.jit(run)
