@@ -31,7 +31,12 @@ RESULTS = Path(__file__).parent / "results" / "compile_memory.csv"
 SHAPES = ((244, 256, 300, 128), (244, 256, 256, 128), (1024, 16, 256, 256))
 # The second layer of the tutorial, whose outputs fill no whole lanes; fewer rows than a
 # register of bfloat16 has.
-MORE = {"v5e": ((244, 256, 128, 64), (1024, 4, 256, 256))}
+MORE = {
+    "v5e": ((244, 256, 128, 64), (1024, 4, 256, 256)),
+    "h100": ((244, 256, 128, 64),),
+}
+# One row: the weights, which inference has once more in another order, are most of it.
+ABOVE = {"h100": ((2048, 1, 1024, 1024),)}
 KINDS = {"v5e": ("tpu", "TPU v5e"), "h100": ("cuda", "9.0")}
 IMPLEMENTATIONS = ("pallas", "scan", "xla")
 
@@ -39,7 +44,7 @@ IMPLEMENTATIONS = ("pallas", "scan", "xla")
 def rows_of(target: str) -> None:
     """Compiles in this process for one target; prints a row for each program."""
     place = TARGETS[target][0].sharding(target)
-    for shape in (*SHAPES, *MORE.get(target, ())):
+    for shape in (*SHAPES, *MORE[target], *ABOVE.get(target, ())):
         for lengths in (False, True):
             for mode in ("forward", "gradient"):
                 for name in IMPLEMENTATIONS:

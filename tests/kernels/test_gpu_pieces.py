@@ -231,6 +231,7 @@ def test_the_projected_inputs_of_all_steps_are_nowhere(kernel):
     """Nor is a kernel of every piece in the program, but for `step`, which loops."""
     steps, rows, size, hidden = 251, 512, 2, 128
     plan = PLANNERS[kernel](Sizes("forward", steps, rows, hidden, 2, keep=False))
+    assert isinstance(plan, Plan)
     shapes = (
         (steps, rows, size),
         (size, 4 * hidden),

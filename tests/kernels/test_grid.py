@@ -26,6 +26,7 @@ from flax_lstm_kernels.gpu.plan import (
 )
 from flax_lstm_kernels.gpu.slab_backward import GROUP
 from flax_lstm_kernels.gpu.slabs import UNITS, Cut
+from flax_lstm_kernels.gpu.source import Kind
 from gpu_problems import BARS, judge, lowered, problem, run
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
@@ -154,7 +155,7 @@ class Counting:
 @pytest.mark.parametrize(
     ("body", "options", "waits"),
     [
-        (grid.forward_body, {"keep": False}, 2),
+        (grid.forward_body, {"kind": Kind(keep=True, apart=False)}, 2),
         (grid.backward_body, {}, 2 * 2 + 1),
     ],
     ids=["forward", "backward"],

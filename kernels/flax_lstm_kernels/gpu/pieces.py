@@ -120,7 +120,7 @@ def inference(
         return jax.freeze(hs)[:, :rows], c, h
 
     if rows < FEW:
-        size = piece_steps(steps, *h.shape, h.dtype.itemsize)
+        size = piece_steps(steps, h.shape[0], h.shape[1], h.dtype.itemsize)
         return in_copies(
             of_copy, inputs, c, h, lengths, resets, size=size, reverse=reverse
         )
