@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import reference
 from flax_lstm_kernels import compat, gpu
+from flax_lstm_kernels.copied import in_copies
 from flax_lstm_kernels.gpu import Plan, forward, pieces
 from flax_lstm_kernels.gpu.arrange import gates_apart, weights_out_in
 from flax_lstm_kernels.gpu.pieces import (
     LEAST,
     PROJECTED,
     cuts,
-    in_copies,
     last_steps,
     piece_steps,
 )

@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from flax_lstm_kernels import compat
+from flax_lstm_kernels.copied import in_copies
 from flax_lstm_kernels.gpu.source import Piece
 
 # Steps whose planes have a memory of their own: so many, or what takes so many bytes.
@@ -185,55 +186,3 @@ def piece_steps(steps: int, rows: int, size: int, itemsize: int) -> int:
     """
     least = max(LEAST, PROJECTED // (rows * 4 * size * itemsize))
     return -(-steps // max(1, steps // least))
-
-
-def in_copies(
-    run: Callable[..., tuple[Array, ...]],
-    inputs: Float[Array, "T B I"],
-    c: Float[Array, "N P"],
-    h: Float[Array, "N P"],
-    lengths: Int[Array, " N"],
-    resets: Shaped[Array, "T B"] | Shaped[Array, "0 0"],
-    *,
-    size: int,
-    reverse: bool,
-) -> tuple[Array, Array, Array]:
-    """Calls `run(inputs, c, h, lengths, resets) -> (hs, c, h)` for pieces alike.
-
-    Args:
-      run: Runs over a piece; its hs are `[size, B, P]`.
-      inputs: All of them.
-      c: Cell before the first step.
-      h: Output before the first step.
-      lengths: 0 to T.
-      resets: Of all steps, or empty.
-      size: Steps of a piece.
-      reverse: The last piece comes first.
-
-    Returns:
-      `(hs [T, B, P], c, h)`.
-    """
-    steps = inputs.shape[0]
-    whole, rest = divmod(steps, size)
-
-    def piece(carry: Any, start: Any, size: int) -> Any:
-        hs, c, h = carry
-
-        def cut(array: Array) -> Array:
-            return lax.dynamic_slice_in_dim(array, start, size)
-
-        left = jnp.clip(lengths - start, 0, size)
-        some = cut(resets) if resets.size else resets
-        part, c, h = run(cut(inputs), c, h, left, some)
-        return lax.dynamic_update_slice_in_dim(hs, part, start, 0), c, h
-
-    def step(n: Any, carry: Any) -> Any:
-        return piece(carry, (whole - 1 - n if reverse else n) * size, size)
-
-    carry = lax.empty((*inputs.shape[:2], h.shape[1]), h.dtype), c, h
-    if rest and reverse:
-        carry = piece(carry, whole * size, rest)
-    carry = lax.fori_loop(0, whole, step, carry)
-    if rest and not reverse:
-        carry = piece(carry, whole * size, rest)
-    return carry

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from flax_lstm_kernels.copied import in_copies
 from flax_lstm_kernels.tpu.backward import backward_pass
 from flax_lstm_kernels.tpu.forward import forward_pass
-from flax_lstm_kernels.tpu.pieces import in_pieces, piece_steps
 from flax_lstm_kernels.tpu.plan import (
     Plan,
     Sizes,
@@ -96,10 +96,10 @@ def forward(
             interpret=interpret,
         )
 
-    size = piece_steps(plan)
+    size = plan.piece_steps()
     if keep or plan.fused or steps <= size:
         return run(inputs, c, h, lengths, resets)
-    results = in_pieces(
+    results = in_copies(
         run,
         inputs,
         c.astype(jnp.float32),

@@ -61,6 +61,15 @@ class Plan(NamedTuple):
     order: int = TBI
     hs_order: int = TBI
 
+    def piece_steps(self) -> int:
+        """Returns the steps of a piece of inference that is projected before.
+
+        A piece is a few launches and fetches weights that stay anew, which may take as
+        long as one or two steps (an estimate, not measured). A step that streams its
+        weights takes the longest.
+        """
+        return 8 if self.streamed else 16
+
 
 class Sizes(NamedTuple):
     """What is to be computed.

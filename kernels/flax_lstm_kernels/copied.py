@@ -1,14 +1,9 @@
-"""Inference over a few steps at a time, where the inputs are projected before.
+"""Pieces of time that are alike, in a loop, with inputs and outputs copied.
 
-x W + b is in float32 and four times as wide as the outputs. Nothing of it is kept, so
-that it need not be there for all steps at once: it is made for one piece of time after
-the other, and the state goes from piece to piece.
+For inference, whose projected inputs or filled-up outputs are then those of a piece.
 
-A piece is a few launches, and fetches weights that stay anew, which may take as long as
-one or two steps (an estimate, not measured): the steps of a piece are chosen so that
-this is little beside them. A step that streams its weights takes the longest.
-
-Axes     T time, B batch, I input size, H hidden size.
+Axes     T time, B rows of the batch, I input size; N and H what the kernel has of the
+         rows and of the hidden size, which may be more.
 """
 
 from collections.abc import Callable
@@ -18,29 +13,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from flax_lstm_kernels.tpu.plan import Plan
 
-
-def piece_steps(plan: Plan) -> int:
-    """Returns the steps of a piece."""
-    return 8 if plan.streamed else 16
-
-
-def in_pieces(
+def in_copies(
     run: Callable[..., tuple[Array, ...]],
     inputs: Float[Array, "T B I"],
-    c: Float[Array, "B H"],
-    h: Float[Array, "B H"],
-    lengths: Int[Array, " B"],
+    c: Float[Array, "N H"],
+    h: Float[Array, "N H"],
+    lengths: Int[Array, " N"],
     resets: Shaped[Array, "T B"] | Shaped[Array, "0 0"],
     *,
     size: int,
     reverse: bool,
 ) -> tuple[Array, Array, Array]:
-    """Calls `run(inputs, c, h, lengths, resets) -> (hs, c, h, ...)` for each piece.
+    """Calls `run(inputs, c, h, lengths, resets) -> (hs, c, h, ...)` for pieces alike.
 
     Args:
-      run: Runs over a piece; returns c and h as it takes them.
+      run: Runs over a piece; its hs are `[size, B, H]`.
       inputs: All of them.
       c: Cell before the first step.
       h: Output before the first step.
@@ -69,7 +57,7 @@ def in_pieces(
     def step(n: Any, carry: Any) -> Any:
         return piece(carry, (whole - 1 - n if reverse else n) * size, size)
 
-    carry = jnp.zeros((steps, *h.shape), h.dtype), c, h
+    carry = lax.empty((*inputs.shape[:2], h.shape[1]), h.dtype), c, h
     if rest and reverse:
         carry = piece(carry, whole * size, rest)
     carry = lax.fori_loop(0, whole, step, carry)
