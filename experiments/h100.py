@@ -3,6 +3,8 @@
     python experiments/h100.py                  on the machine; needs no network
     python experiments/h100.py --dry            tiny and interpreted, on any machine
     python experiments/h100.py --parts numbers-single race-bfloat16
+    python experiments/h100.py --plot           draws the races on disk, where
+                                                matplotlib is
 
 Every part is a process of its own with a time limit, so that a kernel that hangs costs
 its own part alone; all together end within `--minutes`. What a part finds is on disk
@@ -12,7 +14,7 @@ when it has found it:
     numbers-*.csv        every kernel against float64: values and gradients
     race-*/results.csv   time against torch's cuDNN, JAX's, Flax's scan and our "xla":
                          columns as those of `flax-lstm bench`, with the share of what
-                         the chip allows, measured in the same run
+                         the chip allows, measured in the same run; and plots/
     micro.csv            the operations that a step waits for (`h100_micro.py`)
     targets.csv          what was asked of the kernels, and what was seen
 
@@ -25,7 +27,6 @@ when it has found it:
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import json
 import os
@@ -33,9 +34,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import h100_targets
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
@@ -53,44 +56,7 @@ LIMITS_S = {
     "race-exact": 90,
 }
 """Parts in the order of their weight, and the seconds that each may take."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """How many times faster than a peer ours must be.
-
-    Attributes:
-      part: The race that shows it.
-      shape: Name of a shape of `race_shapes`.
-      mode: "forward" or "gradient".
-      peer: "cudnn" for the fastest of torch's and JAX's, "flax" for Flax's scan.
-      ratio: The peer's time over ours.
-    """
-
-    part: str
-    shape: str
-    mode: str
-    peer: str
-    ratio: float
-
-
-def targets() -> Iterator[Target]:
-    """Yields what was asked of the kernels before any of them had run."""
-    for mode in ("forward", "gradient"):
-        for shape in ("tutorial-244-1", "tutorial-244-2"):
-            yield Target("race-bfloat16", shape, mode, "cudnn", 2.0)
-            yield Target("race-bfloat16", shape, mode, "flax", 10.0)
-        for part in ("race-bfloat16", "race-float32"):
-            yield Target(part, "batch-512", mode, "cudnn", 2.0)
-            yield Target(part, "stream-16", mode, "cudnn", 2.0)
-        yield Target("race-bfloat16", "batch-1024", mode, "cudnn", 1.3)
-    yield Target("race-bfloat16", "row-1024", "forward", "cudnn", 2.0)
-
-
-PEERS = {
-    "cudnn": ("torch", "torch-packed", "jax-cudnn"),
-    "flax": ("linen-optimized", "linen-plain", "nnx-optimized", "nnx-plain"),
-}
+DRY_LIMITS = 4  # times as long for what is interpreted
 
 
 def race_shapes(dry: bool) -> list[Any]:
@@ -153,7 +119,7 @@ def micro_part(out: Path, dry: bool) -> None:
             continue
         rows.append(h100_micro.measure(micro))
         print(json.dumps(rows[-1]), flush=True)
-        write_csv(out / "micro.csv", rows)
+        h100_targets.write_csv(out / "micro.csv", rows)
 
 
 def race_part(dtype: str, out: Path, dry: bool, *, exact: bool = False) -> None:
@@ -197,52 +163,6 @@ def forbid_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def judge_targets(out: Path) -> list[dict[str, Any]]:
-    """Returns a row for each target: the times, the ratio, and whether it holds."""
-    rows = []
-    for target in targets():
-        times = read_times(out / target.part, target.shape, target.mode)
-        ours = times.get("ours-pallas")
-        others = {n: times[n] for n in PEERS[target.peer] if n in times}
-        fastest = min(others, key=others.__getitem__, default=None)
-        ratio = others[fastest] / ours if ours and fastest else None
-        rows.append(
-            {
-                "dtype": target.part.removeprefix("race-"),
-                "shape": target.shape,
-                "mode": target.mode,
-                "against": fastest or target.peer,
-                "ours_ms": ours,
-                "theirs_ms": others.get(fastest) if fastest else None,
-                "asked": target.ratio,
-                "seen": ratio,
-                "met": None if ratio is None else ratio >= target.ratio,
-            }
-        )
-    return rows
-
-
-def read_times(folder: Path, shape: str, mode: str) -> dict[str, float]:
-    """Returns medians in milliseconds by implementation, of what was timed."""
-    path = folder / "results.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {
-            row["implementation"]: float(row["median_ms"])
-            for row in csv.DictReader(file)
-            if (row["shape"], row["mode"], row["status"]) == (shape, mode, "timed")
-        }
-
-
 def interpreted() -> contextlib.AbstractContextManager[Any]:
     """Has the kernels interpreted, as on an H100, wherever this runs."""
     from flax_lstm_kernels import target
@@ -274,12 +194,17 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--parts", nargs="+", choices=LIMITS_S, default=list(LIMITS_S))
+    parser.add_argument("--plot", action="store_true", help="of --out; runs nothing")
     parser.add_argument("--child", choices=LIMITS_S, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.out is None:
         dry = options.dry
         options.out = tempfile.mkdtemp(prefix="h100-dry-") if dry else RESULTS
     out = Path(options.out).resolve()
+    if options.plot:
+        found = h100_targets.plot_races(out)
+        print(*found or [f"no results.json of a race is in {out}"], sep="\n")
+        raise SystemExit(not found)
     out.mkdir(parents=True, exist_ok=True)
     if options.child:
         with interpreted() if options.dry else contextlib.nullcontext():
@@ -288,7 +213,8 @@ def main() -> None:
     end, failed = time.monotonic() + 60 * options.minutes, []
     for name in options.parts:
         print(f"\n== {name}", flush=True)
-        limit = min(LIMITS_S[name], end - time.monotonic())
+        limit = LIMITS_S[name] * (DRY_LIMITS if options.dry else 1)
+        limit = min(limit, end - time.monotonic())
         why = run_child(name, out, options.dry, limit)
         if why:
             failed.append(f"{name}: {why}")
@@ -296,22 +222,9 @@ def main() -> None:
             if name == "environment":
                 break
     if not options.dry:
-        tell_targets(out)
+        h100_targets.tell_targets(out)
     print("\n".join(["", *failed, f"The results are in {out}."]))
     raise SystemExit(bool(failed))
-
-
-def tell_targets(out: Path) -> None:
-    """Writes and prints what was asked and what was seen."""
-    rows = judge_targets(out)
-    write_csv(out / "targets.csv", rows)
-    print("\n== targets")
-    for row in rows:
-        seen = "not seen" if row["seen"] is None else f"{row['seen']:.2f}"
-        print(
-            f"{row['dtype']} {row['shape']} {row['mode']} against {row['against']}: "
-            f"asked {row['asked']:g}, {seen}"
-        )
 
 
 def run_child(name: str, out: Path, dry: bool, limit_s: float) -> str | None:
@@ -323,8 +236,10 @@ def run_child(name: str, out: Path, dry: bool, limit_s: float) -> str | None:
     if dry:
         command.append("--dry")
         environment["JAX_PLATFORMS"] = "cpu"
-        # The interpreter runs warpgroups as threads that wait for each other.
-        environment.setdefault("NPROC", "8")
+        # The interpreter runs warpgroups as threads that wait for each other: up to
+        # eight of one kernel, and XLA begins kernels that do not need each other at
+        # once. With as many threads as that, `cluster` waited for ever.
+        environment.setdefault("NPROC", "32")
     try:
         code = subprocess.run(command, env=environment, timeout=limit_s).returncode
     except subprocess.TimeoutExpired:

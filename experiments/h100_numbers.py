@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax_lstm_kernels import gpu
+from h100_targets import write_csv
 
 from flax_lstm import LSTMParams, LSTMState, explain, lstm
 
@@ -193,8 +194,6 @@ def numbers_part(kernel: str, out: Path, dry: bool) -> list[dict[str, Any]]:
       dry: Takes one small case, for a kernel that is interpreted; `grid` and `step`,
         whose sizes take the interpreter minutes, are not.
     """
-    from h100 import write_csv
-
     cases = [case for case in CASES if case.kernel == kernel]
     if dry and kernel in ("grid", "step"):
         print(f"{kernel}: too large to be interpreted here")

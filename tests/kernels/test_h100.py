@@ -11,6 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from flax_lstm.bench import plots
+from flax_lstm.bench.results import Results
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 pytestmark = pytest.mark.kernels
@@ -19,7 +22,7 @@ pytestmark = pytest.mark.kernels
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    names = ("h100", "h100_numbers", "h100_micro")
+    names = ("h100", "h100_numbers", "h100_micro", "h100_targets")
     return [importlib.import_module(name) for name in names]
 
 
@@ -35,7 +38,7 @@ def write_race(folder, times):
 
 
 def test_a_target_is_held_against_the_fastest_peer_that_was_timed(scripts, tmp_path):
-    h100, _, _ = scripts
+    *_, targets = scripts
     write_race(
         tmp_path / "race-bfloat16",
         [
@@ -48,7 +51,7 @@ def test_a_target_is_held_against_the_fastest_peer_that_was_timed(scripts, tmp_p
     )
     rows = {
         (row["shape"], row["mode"], row["asked"]): row
-        for row in h100.judge_targets(tmp_path)
+        for row in targets.judge_targets(tmp_path)
         if row["dtype"] == "bfloat16"
     }
     against_cudnn = rows["tutorial-244-1", "forward", 2.0]
@@ -58,8 +61,25 @@ def test_a_target_is_held_against_the_fastest_peer_that_was_timed(scripts, tmp_p
     assert rows["tutorial-244-2", "forward", 2.0]["met"] is None  # nobody was timed
 
 
+def test_races_on_disk_are_drawn_beside_their_results(scripts, tmp_path, monkeypatch):
+    *_, targets = scripts
+    for name in ("race-bfloat16", "race-float32"):
+        Results([{"shape": name}], {}, {}).save(tmp_path / name)
+    drawn = []
+    monkeypatch.setattr(plots, "missing", lambda: None)
+    monkeypatch.setattr(
+        plots,
+        "save_plots",
+        lambda results, folder: drawn.append((results.rows[0]["shape"], folder)) or [],
+    )
+    targets.plot_races(tmp_path)
+    assert drawn == [
+        (name, tmp_path / name / "plots") for name in ("race-bfloat16", "race-float32")
+    ]
+
+
 def test_a_part_that_hangs_is_ended_and_told(scripts, tmp_path, monkeypatch):
-    h100, _, _ = scripts
+    h100, *_ = scripts
     hangs = tmp_path / "hangs.py"
     hangs.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(h100, "__file__", str(hangs))
@@ -68,7 +88,7 @@ def test_a_part_that_hangs_is_ended_and_told(scripts, tmp_path, monkeypatch):
 
 
 def test_an_error_is_relative_to_the_norm(scripts):
-    _, numbers, _ = scripts
+    _, numbers, *_ = scripts
     got, wanted = np.array([3.0, 4.5]), np.array([3.0, 4.0])
     assert numbers.distance(got, wanted) == pytest.approx(0.1)
 
@@ -76,7 +96,7 @@ def test_an_error_is_relative_to_the_norm(scripts):
 def test_a_case_that_fails_on_the_device_is_told_and_the_others_go_on(
     scripts, tmp_path, monkeypatch
 ):
-    _, numbers, _ = scripts
+    _, numbers, *_ = scripts
 
     def results(implementation, arrays, options):
         if implementation == "pallas" and arrays[1].dtype == "float16":
@@ -100,22 +120,22 @@ def test_a_case_that_fails_on_the_device_is_told_and_the_others_go_on(
 
 def test_a_case_with_lengths_is_never_empty(scripts):
     """Of three rows of three steps all were: nothing was computed, without an error."""
-    _, numbers, _ = scripts
+    _, numbers, *_ = scripts
     _, options = numbers.drawn(numbers.Case("grid", 3, 3, 5, 1024), "float32", "all")
     assert options["lengths"].max() == 3
 
 
 def test_every_target_names_a_shape_that_is_raced(scripts):
-    h100, _, _ = scripts
+    h100, *_, targets = scripts
     shapes = {shape.name: shape for shape in h100.race_shapes(dry=False)}
-    for target in h100.targets():
+    for target in targets.targets():
         assert target.mode in shapes[target.shape].modes
         assert target.part in h100.LIMITS_S
 
 
 @pytest.mark.kernels("lowered")
 def test_every_operation_of_a_step_lowers_for_cuda(scripts):
-    _, _, h100_micro = scripts
+    _, _, h100_micro, _ = scripts
     for micro in h100_micro.micros():
         run = jax.jit(micro.make(2))
         exported = jax.export.export(
