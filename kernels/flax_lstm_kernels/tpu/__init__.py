@@ -17,14 +17,8 @@ from jaxtyping import Array, Float, Int, UInt8
 from flax_lstm_kernels.copied import in_copies
 from flax_lstm_kernels.tpu.backward import backward_pass
 from flax_lstm_kernels.tpu.forward import forward_pass
-from flax_lstm_kernels.tpu.plan import (
-    Plan,
-    Sizes,
-    Support,
-    choose,
-    support,
-    vmem_limit,
-)
+from flax_lstm_kernels.tpu.plan import Support, choose, support
+from flax_lstm_kernels.tpu.vmem import Plan, Sizes, vmem_limit
 
 __all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
 

@@ -8,7 +8,8 @@ Panels   The four gates of some units side by side: columns i f g o of units 0 t
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from flax_lstm_kernels.tpu.plan import BTI, ITB, LANES, ORDERS, TBI, TIB, Plan, up
+from flax_lstm_kernels.tpu.orders import BTI, ITB, LANES, ORDERS, TBI, TIB, up
+from flax_lstm_kernels.tpu.vmem import Plan
 
 # Neighbouring axes that are swapped to come from `[T, B, K]` to an order.
 SWAPS = {TBI: (), TIB: ((1, 2),), ITB: ((1, 2), (0, 1)), BTI: ((0, 1),)}

@@ -32,7 +32,8 @@ from flax_lstm_kernels.tpu.arrange import (
     reset_bits,
 )
 from flax_lstm_kernels.tpu.grid import Grid, product
-from flax_lstm_kernels.tpu.plan import LANES, Plan
+from flax_lstm_kernels.tpu.orders import LANES
+from flax_lstm_kernels.tpu.vmem import Plan
 
 
 def transposed_step(

@@ -42,7 +42,8 @@ from flax_lstm_kernels.tpu.arrange import (
     turned_back,
 )
 from flax_lstm_kernels.tpu.grid import Grid, product
-from flax_lstm_kernels.tpu.plan import LANES, TBI, Plan, up
+from flax_lstm_kernels.tpu.orders import LANES, TBI, up
+from flax_lstm_kernels.tpu.vmem import Plan
 
 
 def project(x: Any, kernel: Any, bias: Any) -> Any:

@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flax_lstm_kernels.tpu.plan import ORDERS, Plan
+from flax_lstm_kernels.tpu.orders import ORDERS
+from flax_lstm_kernels.tpu.vmem import Plan
 
 
 def product(left: Any, right: Any) -> Any:
