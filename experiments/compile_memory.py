@@ -2,11 +2,17 @@
 
     python experiments/compile_memory.py                 all targets
     python experiments/compile_memory.py --targets h100  its rows alone; others stay
+    python experiments/compile_memory.py --targets v4 --shape 64 128 1024 1024
+        any shape T B I H, not written; also --dtype, --precision
 
 Compiles `lstm` ahead of time, as `compile_kernels.py` does, and asks the compiler for
 its plan: the peak of inputs, results and scratch, all together. `forward` keeps nothing
 for a derivative, `gradient` is that of weights and inputs. The plan is the same at
 every run.
+
+The peak has in it what a TPU's compiler keeps, or copies to, on the chip while it fits:
+in common memory on v4, 128 MiB, else in the vector memory that kernels leave. What is
+printed, but not written: `hbm_mib`, inputs, results and scratch that are not there.
 
 Writes results/compile_memory.csv.
 """
@@ -37,22 +43,44 @@ MORE = {
 }
 # One row: the weights, which inference has once more in another order, are most of it.
 ABOVE = {"h100": ((2048, 1, 1024, 1024),)}
-KINDS = {"v5e": ("tpu", "TPU v5e"), "h100": ("cuda", "9.0")}
+KINDS = {
+    "v4": ("tpu", "TPU v4"),
+    "v5e": ("tpu", "TPU v5e"),
+    "v5p": ("tpu", "TPU v5p"),
+    "v6e": ("tpu", "TPU v6e"),
+    "v7x": ("tpu", "TPU7x"),
+    "h100": ("cuda", "9.0"),
+}
+RECORDED = ("v5e", "h100")
 IMPLEMENTATIONS = ("pallas", "scan", "xla")
 
 
-def rows_of(target: str) -> None:
+def shapes_of(target: str) -> list[tuple[int, ...]]:
+    """Returns the shapes of a target that are recorded."""
+    return [*SHAPES, *MORE[target], *ABOVE.get(target, ())]
+
+
+def rows_of(
+    target: str, shapes: list[tuple[int, ...]], dtype: str, precision: str | None
+) -> None:
     """Compiles in this process for one target; prints a row for each program."""
+    import jax
+
     place = TARGETS[target][0].sharding(target)
-    for shape in (*SHAPES, *MORE[target], *ABOVE.get(target, ())):
+    for shape in shapes:
         for lengths in (False, True):
             for mode in ("forward", "gradient"):
                 for name in IMPLEMENTATIONS:
-                    row = {"target": target, "dtype": "bfloat16"}
+                    row = {"target": target, "dtype": dtype}
                     row |= dict(zip("TBIH", shape, strict=True))
                     row |= {"lengths": lengths, "mode": mode, "implementation": name}
-                    peak = peak_mib(target, shape, name, mode, place, lengths=lengths)
-                    print(json.dumps(row | {"peak_mib": f"{peak:.1f}"}))
+                    with jax.default_matmul_precision(precision):
+                        plan = planned(target, shape, name, mode, place, lengths, dtype)
+                    # What is not on the chip: the peak counts that, too.
+                    hbm = plan.argument_size_in_bytes + plan.output_size_in_bytes
+                    hbm += plan.temp_size_in_bytes - plan.alias_size_in_bytes
+                    row["peak_mib"] = f"{plan.peak_memory_in_bytes / 2**20:.1f}"
+                    print(json.dumps(row | {"hbm_mib": f"{hbm / 2**20:.1f}"}))
 
 
 def peak_mib(
@@ -65,17 +93,33 @@ def peak_mib(
     lengths: bool,
 ) -> float:
     """Compiles in this process; returns the peak."""
+    plan = planned(target, shape, name, mode, place, lengths)
+    return plan.peak_memory_in_bytes / 2**20
+
+
+def planned(
+    target: str,
+    shape: tuple[int, ...],
+    name: str,
+    mode: str,
+    place: Any,
+    lengths: bool,
+    dtype: str = "bfloat16",
+) -> Any:
+    """Compiles in this process; returns the compiler's plan of the memory."""
     import jax
     from flax_lstm_kernels.target import on
 
-    function, arguments = program(shape, name, mode, place)
+    function, arguments = program(shape, name, mode, place, dtype)
     given = arguments if lengths else arguments[:2]
     with on(*KINDS[target]):
         compiled: Any = jax.jit(function).lower(*given).compile()
-    return compiled.memory_analysis().peak_memory_in_bytes / 2**20
+    return compiled.memory_analysis()
 
 
-def program(shape: tuple[int, ...], name: Any, mode: str, place: Any) -> Any:
+def program(
+    shape: tuple[int, ...], name: Any, mode: str, place: Any, dtype: Any
+) -> Any:
     """Returns a function, and the types of its weights, inputs and lengths."""
     import jax
     import jax.numpy as jnp
@@ -83,7 +127,7 @@ def program(shape: tuple[int, ...], name: Any, mode: str, place: Any) -> Any:
     from flax_lstm import LSTMParams, lstm
 
     steps, rows, size, hidden = shape
-    dtype = jnp.bfloat16
+    dtype = jnp.dtype(dtype)
 
     def like(*shape: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -105,12 +149,12 @@ def program(shape: tuple[int, ...], name: Any, mode: str, place: Any) -> Any:
     return {"forward": forward, "gradient": gradient}[mode], arguments
 
 
-def child_of(target: str, cache: Path) -> list[dict[str, Any]]:
+def child_of(cache: Path, target: str, *asked: Any) -> list[dict[str, Any]]:
     """Compiles for one target in a process of its own, for it loads a compiler once."""
     with tempfile.TemporaryDirectory() as dump:
         compiler = TARGETS[target][0].environment(cache, dump)
         done = subprocess.run(
-            [sys.executable, __file__, "--child", target],
+            [sys.executable, __file__, "--child", json.dumps([target, *asked])],
             env=os.environ | compiler,
             check=True,
             stdout=subprocess.PIPE,
@@ -124,24 +168,36 @@ def child_of(target: str, cache: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, default=default_cache())
-    parser.add_argument("--targets", choices=KINDS, nargs="+", default=[*KINDS])
-    parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--targets", choices=KINDS, nargs="+", default=[*RECORDED])
+    parser.add_argument("--shape", type=int, nargs=4, metavar=tuple("TBIH"))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--precision", help='"highest": the scan rounds no operand')
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        rows_of(options.child)
+        rows_of(*json.loads(options.child))
         return
+    how = options.dtype, options.precision
+    if options.shape:
+        for target in options.targets:
+            print(*child_of(options.cache, target, [options.shape], *how), sep="\n")
+        return
+    if how != ("bfloat16", None) or not {*options.targets} <= {*RECORDED}:
+        parser.error(f"only {RECORDED} in bfloat16 are recorded; give a --shape")
     with RESULTS.open(newline="", encoding="utf-8") as file:
         recorded = list(csv.DictReader(file))
     rows = []
-    for target in KINDS:
+    for target in RECORDED:
         if target in options.targets:
-            found = child_of(target, options.cache)
+            found = child_of(options.cache, target, shapes_of(target), *how)
             print(*found, sep="\n")
         else:
             found = [row for row in recorded if row["target"] == target]
         rows += found
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(
+            file, recorded[0], lineterminator="\n", extrasaction="ignore"
+        )
         writer.writeheader()
         writer.writerows(rows)
 

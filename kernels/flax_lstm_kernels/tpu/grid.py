@@ -152,7 +152,12 @@ class Grid(NamedTuple):
         return pl.BlockSpec((4 * self.plan.units, self.size), panel_of)
 
     def compiler_params(self, vmem_limit_bytes: int) -> pltpu.CompilerParams:
-        """Returns what the compiler is told: which axes are independent, its limit."""
+        """Returns what the compiler is told: which axes are independent, its limit.
+
+        Under a lower limit it would keep arrays of the program in the rest, the gates
+        among them where they fit: less device memory, but it also copies there, whole,
+        what the kernel would fetch block by block. Which is faster is not known.
+        """
         return pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=vmem_limit_bytes,
