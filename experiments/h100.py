@@ -2,13 +2,13 @@
 
     python experiments/h100.py                  on the machine; needs no network
     python experiments/h100.py --dry            tiny and interpreted, on any machine
-    python experiments/h100.py --parts numbers-single race-bfloat16
+    python experiments/h100.py --parts numbers-single-64 race-bfloat16
     python experiments/h100.py --plot           draws the races on disk, where
                                                 matplotlib is
 
 Every part is a process of its own with a time limit, so that a kernel that hangs costs
-its own part alone; all together end within `--minutes`. What a part finds is on disk
-when it has found it:
+its own part alone; most of the numbers are had at once. All end within `--minutes`.
+What a part finds is on disk when it has found it:
 
     environment.json     device, driver, versions, commit
     numbers-*.csv        every kernel against float64: values and gradients
@@ -43,19 +43,22 @@ import h100_targets
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 RESULTS = Path(__file__).parent / "results" / "h100"
-LIMITS_S = {
-    "environment": 60,
-    "numbers-single": 75,
-    "numbers-cluster": 60,
-    "numbers-grid": 45,
-    "numbers-step": 45,
-    "race-bfloat16": 170,
-    "race-float32": 170,
-    "micro": 60,
-    "race-float16": 90,
-    "race-exact": 90,
-}
-"""Parts in the order of their weight, and the seconds that each may take."""
+NUMBERS = (
+    *("numbers-single-64", "numbers-single-128", "numbers-single-100"),
+    *("numbers-cluster-256", "numbers-cluster-512", "numbers-step-2048"),
+)
+STAGES = (
+    (60, ("environment",)),
+    (120, NUMBERS),  # mostly compiling: together they take the machine's cores
+    (60, ("numbers-grid-1024",)),  # which wants the device for itself
+    (170, ("race-bfloat16",)),
+    (170, ("race-float32",)),
+    (60, ("micro",)),
+    (90, ("race-float16",)),
+    (90, ("race-exact",)),
+)
+"""Seconds, and the parts that run at once for so long; in the order of their weight."""
+PARTS = [name for _, names in STAGES for name in names]
 DRY_LIMITS = 4  # times as long for what is interpreted
 
 
@@ -193,9 +196,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS}; dry: a new one")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--parts", nargs="+", choices=LIMITS_S, default=list(LIMITS_S))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--plot", action="store_true", help="of --out; runs nothing")
-    parser.add_argument("--child", choices=LIMITS_S, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.out is None:
         dry = options.dry
@@ -211,40 +214,52 @@ def main() -> None:
             run_part(options.child, out, options.dry)
         return
     end, failed = time.monotonic() + 60 * options.minutes, []
-    for name in options.parts:
-        print(f"\n== {name}", flush=True)
-        limit = LIMITS_S[name] * (DRY_LIMITS if options.dry else 1)
+    for seconds, stage in STAGES:
+        names = [name for name in stage if name in options.parts]
+        if not names:
+            continue
+        print("\n==", *names, flush=True)
+        limit = seconds * (DRY_LIMITS if options.dry else 1)
         limit = min(limit, end - time.monotonic())
-        why = run_child(name, out, options.dry, limit)
-        if why:
-            failed.append(f"{name}: {why}")
-            print(failed[-1], flush=True)
-            if name == "environment":
-                break
+        wrong = run_children(names, out, options.dry, limit)
+        print(*wrong, sep="\n", flush=True)
+        failed += wrong
+        if wrong and "environment" in names:
+            break
     if not options.dry:
         h100_targets.tell_targets(out)
     print("\n".join(["", *failed, f"The results are in {out}."]))
     raise SystemExit(bool(failed))
 
 
-def run_child(name: str, out: Path, dry: bool, limit_s: float) -> str | None:
-    """Runs one part in a process of its own; returns what went wrong."""
+def run_children(names: list[str], out: Path, dry: bool, limit_s: float) -> list[str]:
+    """Runs parts at once, each in a process of its own; returns what went wrong."""
     if limit_s <= 0:
-        return "no time was left for it"
-    command = [sys.executable, __file__, "--child", name, "--out", str(out)]
+        return [f"{name}: no time was left for it" for name in names]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if dry:
-        command.append("--dry")
         environment["JAX_PLATFORMS"] = "cpu"
         # The interpreter runs warpgroups as threads that wait for each other: up to
         # eight of one kernel, and XLA begins kernels that do not need each other at
         # once. With as many threads as that, `cluster` waited for ever.
         environment.setdefault("NPROC", "32")
-    try:
-        code = subprocess.run(command, env=environment, timeout=limit_s).returncode
-    except subprocess.TimeoutExpired:
-        return f"was ended after {limit_s:.0f} s; what it had found is on disk"
-    return f"ended with exit code {code}" if code else None
+    end, wrong = time.monotonic() + limit_s, []
+    running = {}
+    for name in names:
+        command = [sys.executable, __file__, "--child", name, "--out", str(out)]
+        command += ["--dry"] * dry
+        running[name] = subprocess.Popen(command, env=environment)
+    for name, child in running.items():
+        try:
+            code = child.wait(timeout=max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            why = f"was ended after {limit_s:.0f} s; what it had found is on disk"
+            wrong.append(f"{name}: {why}")
+        else:
+            wrong += [f"{name}: ended with exit code {code}"] * (code != 0)
+    return wrong
 
 
 if __name__ == "__main__":

@@ -83,8 +83,14 @@ def test_a_part_that_hangs_is_ended_and_told(scripts, tmp_path, monkeypatch):
     hangs = tmp_path / "hangs.py"
     hangs.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(h100, "__file__", str(hangs))
-    assert "ended after 1 s" in h100.run_child("micro", tmp_path, True, 1.0)
-    assert "no time was left" in h100.run_child("micro", tmp_path, True, -1.0)
+    names = ["micro", "environment"]
+    wrong = h100.run_children(names, tmp_path, True, 1.0)
+    assert [line.split(" after ")[0] for line in wrong] == [
+        "micro: was ended",
+        "environment: was ended",
+    ]
+    left = h100.run_children(names, tmp_path, True, -1.0)
+    assert left == [f"{name}: no time was left for it" for name in names]
 
 
 def test_an_error_is_relative_to_the_norm(scripts):
@@ -109,11 +115,11 @@ def test_a_case_that_fails_on_the_device_is_told_and_the_others_go_on(
     monkeypatch.setattr(numbers, "results", results)
     monkeypatch.setattr(numbers, "distances", lambda *_: {"outputs": 1e-9})
     monkeypatch.setattr(numbers, "CASES", [numbers.Case("single", 2, 3, 4, 5)])
-    wrong = numbers.numbers_part("single", tmp_path, dry=False)
+    wrong = numbers.numbers_part("single-5", tmp_path, dry=False)
     assert {row["dtype"] for row in wrong} == {"float16"}
     assert {row["reason"] for row in wrong} == {"INTERNAL: cannot be launched"}
     assert {row["ok"] for row in wrong} == {False}
-    with (tmp_path / "numbers-single.csv").open(newline="") as file:
+    with (tmp_path / "numbers-single-5.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["ok"] for row in rows].count("True") == 2 * len(numbers.VARIANTS)
 
@@ -125,12 +131,19 @@ def test_a_case_with_lengths_is_never_empty(scripts):
     assert options["lengths"].max() == 3
 
 
+def test_every_case_of_the_numbers_has_its_part(scripts):
+    h100, numbers, *_ = scripts
+    parts = {part for part in h100.PARTS if part.startswith("numbers-")}
+    assert parts == {f"numbers-{case.name}" for case in numbers.CASES}
+    assert {f"numbers-{name}" for name in numbers.DRY} <= parts
+
+
 def test_every_target_names_a_shape_that_is_raced(scripts):
     h100, *_, targets = scripts
     shapes = {shape.name: shape for shape in h100.race_shapes(dry=False)}
     for target in targets.targets():
         assert target.mode in shapes[target.shape].modes
-        assert target.part in h100.LIMITS_S
+        assert target.part in h100.PARTS
 
 
 @pytest.mark.kernels("lowered")
@@ -154,14 +167,14 @@ def test_a_dry_run_judges_the_interpreted_kernel(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, EXPERIMENTS / "h100.py", "--dry", "--out", tmp_path),
-            *("--parts", "environment", "numbers-single", "micro"),
+            *("--parts", "environment", "numbers-single-64", "micro"),
         ],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    with (tmp_path / "numbers-single.csv").open(newline="") as file:
+    with (tmp_path / "numbers-single-64.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["ok"] for row in rows} == {"True"}
     assert len(rows) == 12  # three results, with and without six gradients
