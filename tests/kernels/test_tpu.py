@@ -222,20 +222,27 @@ def test_inference_in_pieces_gives_the_values_of_numpy(reverse):
     assert [array.size for array in kept] == [0, 0]
 
 
-def test_only_a_piece_is_projected_where_nothing_is_kept():
-    """Of 100 steps, 8: in a loop, all of which have one buffer of float32 gates."""
-    given = problem((100, 3, 2, 7), "bfloat16")
+@pytest.mark.parametrize(
+    ("steps", "rows", "pieces"),
+    [(100, 3, {8, 4}), (9, 1000, {2, 1})],
+    ids=["few rows", "many"],
+)
+def test_only_a_piece_is_projected_where_nothing_is_kept(steps, rows, pieces):
+    """In a loop, all of whose pieces have one buffer of float32 gates."""
+    given = problem((steps, rows, 2, 7), "bfloat16")
 
     def call(*arguments):
-        plan = Plan(3, 1, 128, False, True)
+        plan = Plan(min(rows, 16), 1, 128, False, True)
         return tpu.forward(*arguments, reverse=False, keep=False, plan=plan)
 
     exported = jax.export.export(jax.jit(call), platforms=["tpu"])(*given.arguments)
     made = {
         int(steps)
-        for steps in re.findall(r"tensor<(\d+)x3x512xf32>", exported.mlir_module())
+        for steps in re.findall(
+            rf"tensor<(\d+)x{rows}x512xf32>", exported.mlir_module()
+        )
     }
-    assert made == {8, 4}
+    assert made == pieces
 
 
 @pytest.mark.parametrize(

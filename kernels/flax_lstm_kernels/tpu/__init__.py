@@ -90,7 +90,7 @@ def forward(
             interpret=interpret,
         )
 
-    size = plan.piece_steps()
+    size = plan.piece_steps(rows)
     if keep or plan.fused or steps <= size:
         return run(inputs, c, h, lengths, resets)
     results = in_copies(

@@ -49,14 +49,18 @@ class Plan(NamedTuple):
     order: int = TBI
     hs_order: int = TBI
 
-    def piece_steps(self) -> int:
+    def piece_steps(self, rows: int) -> int:
         """Returns the steps of a piece of inference that is projected before.
 
         A piece is a few launches and fetches weights that stay anew, which may take as
-        long as one or two steps (an estimate, not measured). A step that streams its
-        weights takes the longest.
+        long as one or two steps of 128 rows (an estimate, not measured). A step that
+        streams its weights takes longer, as does one of more rows, whose projection
+        would also fill the memory.
+
+        Args:
+          rows: B.
         """
-        return 8 if self.streamed else 16
+        return max(1, min(8 if self.streamed else 16, 2048 // rows))
 
 
 class Sizes(NamedTuple):
