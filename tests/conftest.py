@@ -57,6 +57,19 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def hurried() -> Iterator[None]:
+    """Has LLVM optimise nothing: programs that run once are compiled in half the time.
+
+    For tests that hold what our Python asks of XLA against something else, with a
+    tolerance. Not where bits, time or memory matter, nor where it is to be seen how
+    accurate a program is that users run.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory) -> Iterator[None]:
     """Keeps compiled programs while the tests run, in a folder of their own.

@@ -129,6 +129,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize(("mode", "options"), PAIRS)
 def test_every_mode_equals_that_of_the_scan(x64, mode, options):
     arguments = draw()

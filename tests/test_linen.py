@@ -15,6 +15,8 @@ from flax import linen as nn
 
 from flax_lstm import LSTMState, linen
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 T, B, D, H = 5, 3, 4, 6
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 LENGTHS = np.array([5, 2, 1])

@@ -18,6 +18,8 @@ from flax_lstm.config import TUTORIAL, ModelConfig
 from flax_lstm.dropout import dropout, fold_in
 from flax_lstm.pooling import pool
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 T, B, D, H = 5, 3, 4, 6
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 LENGTHS = np.array([5, 2, 1])

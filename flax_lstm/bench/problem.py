@@ -125,27 +125,27 @@ def reference(problem: Problem, *, resets: bool) -> Numbers:
 
 
 def _reference(problem: Problem, resets: Any) -> Numbers:
-    arrays = jax.tree.map(
+    *inputs, lengths, resets = jax.tree.map(
         jnp.asarray,
         (problem.params, problem.x, problem.h, problem.c, problem.lengths, resets),
     )
-    *inputs, lengths, resets = arrays
-
-    @jax.jit
-    def run(params: Any, x: Any, h: Any, c: Any, lengths: Any, resets: Any) -> Any:
-        state = LSTMState(c, h)
-        options = {"lengths": lengths, "resets": resets, "implementation": "scan"}
-        return lstm(params, x, state, **options)[1]
-
     if problem.mode != "gradient":
-        return Numbers(run(*inputs, lengths, resets))
+        return Numbers(_outputs(*inputs, lengths, resets))
+    return Numbers(*_gradients(tuple(inputs), problem.y_bar, lengths, resets))
 
-    @jax.jit
-    def gradient(inputs: Any, y_bar: Any, lengths: Any, resets: Any) -> Any:
-        y, pull = jax.vjp(lambda *given: run(*given, lengths, resets), *inputs)
-        return y, *pull(y_bar)
 
-    return Numbers(*gradient(tuple(inputs), problem.y_bar, lengths, resets))
+# Out here, so that all contenders of a shape share one compiled program.
+@jax.jit
+def _outputs(params: Any, x: Any, h: Any, c: Any, lengths: Any, resets: Any) -> Any:
+    state = LSTMState(c, h)
+    options = {"lengths": lengths, "resets": resets, "implementation": "scan"}
+    return lstm(params, x, state, **options)[1]
+
+
+@jax.jit
+def _gradients(inputs: Any, y_bar: Any, lengths: Any, resets: Any) -> Any:
+    y, pull = jax.vjp(lambda *given: _outputs(*given, lengths, resets), *inputs)
+    return y, *pull(y_bar)
 
 
 def largest_error(problem: Problem, got: Numbers, want: Numbers) -> tuple[float, str]:

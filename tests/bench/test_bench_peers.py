@@ -19,6 +19,8 @@ from flax_lstm.bench.peers.base import (
 from flax_lstm.bench.problem import draw_problem
 from flax_lstm.bench.shapes import Shape
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 LENGTHS = Shape("lengths", 4, 20, 3, 5, "", lengths="stocktwits")
 RESETS = Shape("resets", 4, 6, 5, 5, "", reset=0.3)
 FOUND = catalogue.implementations()

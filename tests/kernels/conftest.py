@@ -9,6 +9,11 @@ from flax_lstm_kernels.gpu import common
 WAYS = ("interpreted", "lowered", "compiled")
 
 
+@pytest.fixture(autouse=True)
+def interpreted_in_a_hurry(hurried):
+    """What the interpreters make of a kernel is large, and nobody's but the tests'."""
+
+
 @pytest.fixture
 def whole_float32(monkeypatch):
     """Has the GPU kernels multiply float32 as it is, for bars that only it can meet.
