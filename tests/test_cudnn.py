@@ -13,6 +13,8 @@ from jax.experimental import rnn
 
 from flax_lstm import LSTMState, cudnn, init_lstm_params, lstm
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 
 def stand_in(x, h, c, weights, lengths, size, hidden, layers, dropout, both, precision):
     """Runs the reference where `rnn.lstm` is called; lengths of 0 it must not see."""

@@ -16,6 +16,8 @@ from flax_lstm.regularize import (
     zoneout_mean,
 )
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 T, B, D, H = 5, 3, 2, 4
 
 

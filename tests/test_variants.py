@@ -18,6 +18,8 @@ from flax_lstm.variants import (
     ProjectedParams,
 )
 
+pytestmark = pytest.mark.usefixtures("hurried")
+
 T, B, D, H, P = 4, 3, 2, 5, 3
 
 
