@@ -41,8 +41,17 @@ MORE = {
     "v5e": ((244, 256, 128, 64), (1024, 4, 256, 256)),
     "h100": ((244, 256, 128, 64),),
 }
-# One row: the weights, which inference has once more in another order, are most of it.
-ABOVE = {"h100": ((2048, 1, 1024, 1024),)}
+# Where inference takes more than the scan. One row: the weights, which it has once more
+# in another order, are most of it. Rows of no whole tile, units of no whole 64, both:
+# they are filled up, in pieces of time.
+ABOVE = {
+    "h100": (
+        (2048, 1, 1024, 1024),
+        (244, 100, 300, 128),
+        (64, 64, 256, 200),
+        (64, 250, 128, 100),
+    )
+}
 KINDS = {
     "v4": ("tpu", "TPU v4"),
     "v5e": ("tpu", "TPU v5e"),

@@ -183,8 +183,13 @@ def accelerator_transposed(
     x = select(live_steps(x.shape[0], lengths), x, 0)
     h_before = previous(hs, h, lengths, resets, reverse=reverse)
     operand = d_z.astype(dtype)
+    d_kernel = product("tbi,tbg->ig", x, operand).astype(kernel.dtype)
+    if platform == "gpu":
+        # Else XLA makes one product of both: it copies x and h side by side, and has
+        # all of the result in float32 at once.
+        h_before, d_kernel = lax.optimization_barrier((h_before, d_kernel))
     weights = (
-        product("tbi,tbg->ig", x, operand),
+        d_kernel,
         product("tbh,tbg->hg", h_before, operand),
         jnp.sum(d_z, (0, 1), dtype=wide),
     )

@@ -14,11 +14,12 @@ import jax
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-# Peaks of kernel and scan at the first shape of compile_memory.py and, where asked for,
-# those of a target's own; in a process of its own, for it loads the compiler.
+# Peaks of kernel and scan at the first shape of compile_memory.py and at those of a
+# target's own, of a gradient also at the first of those where inference is above; in a
+# process of its own, for it loads the compiler.
 PEAKS = """
 import sys
-from compile_memory import MORE, SHAPES, TARGETS, peak_mib
+from compile_memory import ABOVE, MORE, SHAPES, TARGETS, peak_mib
 
 target, lengths = sys.argv[1], sys.argv[2] == "lengths"
 place = TARGETS[target][0].sharding(target)
@@ -27,6 +28,7 @@ for shape in MORE[target]:
     asked += [(shape, "forward")]
     # A few steps of it: the compiler takes long over a scan's.
     asked += [((32, *shape[1:]), "gradient")]
+asked += [((64, *shape[1:]), "gradient") for shape in ABOVE.get(target, ())[:1]]
 for shape, mode in asked:
     peaks = [
         peak_mib(target, shape, name, mode, place, lengths=lengths)
@@ -79,7 +81,7 @@ def test_the_kernel_takes_no_more_memory_than_the_scan(
 ):
     """On a TPU, inputs and outputs of no whole lanes, few rows; on an H100, in pieces.
 
-    Without lengths, where a scan copies nothing.
+    There, of a gradient, also one row. Without lengths, where a scan copies nothing.
     """
     del compiler  # for the fixture
     vendor, _ = importlib.import_module("compile_kernels").TARGETS[target]

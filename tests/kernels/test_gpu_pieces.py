@@ -1,6 +1,7 @@
 """Inference in pieces: where they lie, and that each gives what NumPy does."""
 
 import itertools
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,18 +11,26 @@ import pytest
 import reference
 from flax_lstm_kernels import compat, gpu
 from flax_lstm_kernels.copied import in_copies
-from flax_lstm_kernels.gpu import Plan, forward, pieces
-from flax_lstm_kernels.gpu.arrange import gates_apart, weights_out_in
+from flax_lstm_kernels.gpu import Plan, forward, pieces, single
+from flax_lstm_kernels.gpu.arrange import gates_apart, up, weights_out_in
 from flax_lstm_kernels.gpu.pieces import (
+    LAST,
     LEAST,
+    PIECES,
     PROJECTED,
     cuts,
     last_steps,
     piece_steps,
 )
-from flax_lstm_kernels.gpu.plan import PLANNERS, Sizes
+from flax_lstm_kernels.gpu.plan import (
+    PLANNERS,
+    SHARED_MEMORY,
+    SPARE,
+    Sizes,
+    single_bytes,
+)
 from flax_lstm_kernels.gpu.source import Piece
-from gpu_problems import BARS, problem, run
+from gpu_problems import BARS, judge, problem, run
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
 
@@ -54,54 +63,75 @@ def test_every_step_is_in_one_piece_and_overwrites_nothing(reverse):
         assert len(found) <= 6 + 2 * np.log(max(1, steps / (5 * last))) / np.log(1.25)
 
 
-def test_copied_pieces_are_alike_and_neither_many_nor_large():
-    for steps in (1, 59, 60, 61, 64, 119, 120, 244, 251, 1024, 100_003):
-        for rows, size in ((8, 64), (256, 128), (2000, 128), (7, 1024)):
-            found, of_step = piece_steps(steps, rows, size, 2), rows * 4 * size * 2
-            assert found == steps or (
-                found >= LEAST and found * of_step > PROJECTED / 2
-            )
-            assert found < 2 * LEAST or found * of_step < 2 * PROJECTED
+@pytest.mark.parametrize("keep", [False, True])
+def test_copied_pieces_are_alike_and_neither_many_nor_large(keep):
+    """No more than 16 but where they have 16 steps."""
+    item = 4 if keep else 2
+    for steps in (1, 3, 4, 59, 60, 61, 64, 119, 120, 244, 251, 1024, 100_003):
+        for rows, size in ((8, 64), (256, 128), (2000, 128), (8, 1024)):
+            given, filled = (rows - 1, size), (rows, size)
+            found = piece_steps(steps, given, filled, item, keep=keep)
+            assert piece_steps(steps, filled, filled, item, keep=keep) == steps
             count = -(-steps // found)
+            assert count <= PIECES or found >= LEAST
+            sixteenth = min(LEAST, max(LAST, -(-steps // PIECES)))
+            assert found < 2 * max(PROJECTED // (rows * 4 * size * item), sixteenth)
             last = steps - (count - 1) * found
             assert 0 < last <= found
             assert found - last < count
 
 
-def loop(inputs, c, h, lengths, resets, *, reverse):
+def loop(sequences, state, lengths, resets, *, reverse):
     """Stands in for a kernel: what it gives depends on order, masks and states."""
 
     def step(carry, at):
-        t, x = at
+        t, x, y = at
         c, h = carry
         fresh = (resets[t] != 0)[:, None] if resets.size else False
         new_c = 0.5 * jnp.where(fresh, 0.0, c) + x
-        new_h = jnp.where(fresh, 0.0, h) - new_c
+        new_h = jnp.where(fresh, 0.0, h) - new_c * y
         live = (t < lengths)[:, None]
         state = jnp.where(live, new_c, c), jnp.where(live, new_h, h)
-        return state, jnp.where(live, new_h, 0.0)
+        return state, (jnp.where(live, new_h, 0.0), jnp.where(live, new_c, 0.0))
 
-    times = jnp.arange(len(inputs))
-    (c, h), hs = jax.lax.scan(step, (c, h), (times, inputs), reverse=reverse)
-    return hs, c, h
+    times = jnp.arange(len(sequences[0]))
+    state, results = jax.lax.scan(step, state, (times, *sequences), reverse=reverse)
+    return results, state
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6])
 def test_copied_pieces_give_what_all_at_once_gives(size, reverse):
     rng = np.random.default_rng(0)
-    shapes = (6, 4, 3), (4, 3), (4, 3)
-    x, c, h = (jnp.asarray(rng.normal(size=n), "float32") for n in shapes)
+    shapes = (6, 4, 3), (6, 4, 1), (4, 3), (4, 3)
+    x, y, c, h = (jnp.asarray(rng.normal(size=n), "float32") for n in shapes)
     lengths = jnp.array([6, 0, 3, 4])
     for resets in (rng.random((6, 4)) < 0.3, np.zeros((0, 0), bool)):
-        given = x, c, h, lengths, jnp.asarray(resets)
+        given = (x, y), (c, h), lengths, jnp.asarray(resets)
 
         def of_piece(*arrays):
             return loop(*arrays, reverse=reverse)
 
-        got = in_copies(of_piece, *given, size=size, reverse=reverse)
-        for a, b in zip(got, of_piece(*given), strict=True):
+        results = [jax.ShapeDtypeStruct((6, 4, 3), "float32")] * 2
+        options = {"results": results, "size": size, "reverse": reverse}
+        got = in_copies(of_piece, *given, **options)
+        leaves = zip(*map(jax.tree.leaves, (got, of_piece(*given))), strict=True)
+        for a, b in leaves:
             np.testing.assert_array_equal(a, b)
+
+
+def test_training_in_16_bits_is_cut_only_where_twice_as_much_would_be_filled_up():
+    for given, itemsize, cut in (
+        ((4, 128), 2, True),
+        ((5, 128), 2, False),
+        ((250, 100), 2, False),
+        ((250, 64), 2, True),
+        ((250, 100), 4, True),
+    ):
+        filled = (up(given[0], 8), 128)
+        found = piece_steps(244, given, filled, itemsize, keep=True)
+        assert (found < 244) is cut
+        assert piece_steps(244, given, filled, itemsize, keep=False) < 244
 
 
 class Alone(NamedTuple):
@@ -191,24 +221,31 @@ def test_a_piece_has_the_values_of_numpy_and_writes_no_other_step(
     np.testing.assert_array_equal(alone.hs[others], alone.before[others])
 
 
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Cuts 7 steps up: into single ones, the last four apart; in copies, 3, 3 and 1."""
+    named = {"LAST": 1, "LEAST": 2, "PIECES": 2, "PROJECTED": 0}
+    for name, value in named.items():
+        monkeypatch.setattr(pieces, name, value)
+    for keep in (False, True):
+        assert piece_steps(7, (1, 1), (8, 64), 4, keep=keep) == 3
+
+
 @pytest.mark.parametrize(
-    ("kernel", "rows", "reverse"),
+    ("kernel", "rows", "hidden", "reverse"),
     [
-        ("single", 9, False),
-        ("single", 9, True),
-        ("step", 9, False),
-        ("single", 3, True),
+        ("single", 8, 64, False),
+        ("single", 8, 64, True),
+        ("step", 8, 64, False),
+        ("single", 9, 7, True),
+        ("step", 3, 7, False),
     ],
 )
+@pytest.mark.usefixtures("short_pieces")
 @pytest.mark.kernels("interpreted")
-def test_a_sequence_in_pieces_has_the_values_of_numpy(
-    kernel, rows, reverse, monkeypatch
-):
-    """Two of one step whose gates lie in hs, and four apart; or three and three."""
-    monkeypatch.setattr(pieces, "LAST", 1)
-    monkeypatch.setattr(pieces, "LEAST", 2)
-    monkeypatch.setattr(pieces, "PROJECTED", 0)
-    given = problem((6, rows, 2, 7), "float32")
+def test_a_sequence_in_pieces_has_the_values_of_numpy(kernel, rows, hidden, reverse):
+    """Of whole tiles in place, of others in copies."""
+    given = problem((7, rows, 2, hidden), "float32")
     got = run(given, Plan(kernel, 8, 2), reverse=reverse, keep=False)
     x, kernel, recurrent, bias, c, h, lengths, resets = given.arguments
     want = reference.lstm(
@@ -223,6 +260,43 @@ def test_a_sequence_in_pieces_has_the_values_of_numpy(
     for value, true in zip(got.values[:3], (want.outputs, want.c, want.h), strict=True):
         assert reference.error(value, true) < BARS["float32"][0]
     assert not got.raced
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rows", "hidden", "reverse", "dtype"),
+    [
+        ("single", 3, 7, False, "float32"),
+        ("single", 3, 64, True, "bfloat16"),
+        ("step", 8, 60, False, "float32"),
+    ],
+)
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.kernels("interpreted")
+def test_training_in_copied_pieces_has_the_values_and_gradients_of_numpy(
+    kernel, rows, hidden, reverse, dtype
+):
+    given = problem((7, rows, 2, hidden), dtype)
+    got = run(given, Plan(kernel, 8, 2), reverse=reverse)
+    judge(given, got, reverse=reverse, bars=BARS[dtype])
+    assert not got.raced
+
+
+def test_inference_of_filled_up_rows_has_room_for_what_a_piece_keeps(monkeypatch):
+    """With four stages, as of whole tiles, a block would want 228 KiB."""
+    sizes, plans = Sizes("forward", 3, 2001, 128, 2), []
+
+    def watched(*arrays, plan, **options):
+        plans.append(plan)
+        return single.forward_pass(*arrays, plan=plan, **options)
+
+    monkeypatch.setitem(gpu.FORWARD, "single", watched)
+    given = problem((3, 2001, 4, 128), "bfloat16")
+    call = partial(forward, reverse=False, keep=False, interpret=True)
+    jax.eval_shape(call, *given.arguments)
+    assert plans
+    for plan in plans:
+        assert single_bytes(sizes, plan.rows, plan.stages) <= SHARED_MEMORY - SPARE
+    assert single_bytes(sizes, 16, 4) > SHARED_MEMORY
 
 
 @pytest.mark.parametrize("kernel", ["single", "cluster", "grid", "step"])

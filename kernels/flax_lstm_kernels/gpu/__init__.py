@@ -11,12 +11,15 @@ Dtype    That of `inputs`: bfloat16, float16, or float32, of which operands are 
          it.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
+from flax_lstm_kernels.copied import in_copies
 from flax_lstm_kernels.gpu import (
     cluster,
     cluster_backward,
@@ -32,12 +35,12 @@ from flax_lstm_kernels.gpu.arrange import (
     gates_joined,
     kept_dtype,
     projected,
-    up,
     weights_in_out,
     weights_out_in,
+    wide_weights,
 )
 from flax_lstm_kernels.gpu.common import as_operand
-from flax_lstm_kernels.gpu.pieces import inference
+from flax_lstm_kernels.gpu.pieces import in_pieces, piece_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 from flax_lstm_kernels.gpu.slabs import slabs_out_in
 
@@ -118,7 +121,9 @@ def forward(
             "forward", steps, rows, hidden, dtype.itemsize, keep, bool(resets.size)
         )
         plan = choose(sizes)
-    filled, size = up(rows, plan.rows), plan.size(hidden)
+        if plan.filled(rows, hidden) != (rows, hidden):
+            plan = choose(sizes._replace(keep=True))  # of a piece all is kept, below
+    given, (filled, size) = (rows, hidden), plan.filled(rows, hidden)
     weights = weights_out_in(as_operand(recurrent_kernel, dtype), size)
     weights = ARRANGED[plan.kernel](weights)
     lengths = fill(lengths, 0, filled)
@@ -130,28 +135,58 @@ def forward(
 
     c = fill(fill(c.astype(jnp.float32), 0, filled), 1, size)
     h = fill(fill(h.astype(dtype), 0, filled), 1, size)
-    if keep:
-        z = projected(fill(inputs, 1, filled), kernel, bias, size)
-        hs, c, h, gates, before = run(z, c, h, lengths, resets)
-        gates = gates_joined(gates[:, :rows], hidden)
-        before = before[:, :rows, :hidden]
-    else:
-        of_inputs = project.weights_of_inputs(kernel, bias, size, dtype)
+    gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
+    before = jnp.zeros((0, 0, hidden), jnp.float32)
+    if not keep and given == (filled, size):
+        weights_of_inputs = project.weights_of_inputs(kernel, bias, size, dtype)
 
-        def to_planes(inputs: Array, planes: Any, now: Array) -> None:
+        @jax.jit
+        def to_planes(planes: Any, now: Array) -> None:
             project.project(
-                inputs, of_inputs, planes, now, size=size, interpret=interpret
+                inputs, weights_of_inputs, planes, now, size=size, interpret=interpret
             )
 
         # Traced once for all pieces, but for `step`, where each is a loop of its own.
         of_piece = run if plan.kernel == "step" else jax.jit(run)
-        hs, c, h = inference(
-            to_planes, of_piece, inputs, c, h, lengths, resets, reverse=reverse
+        hs, c, h = in_pieces(
+            to_planes,
+            lambda piece, c, h: of_piece(piece, c, h, lengths, resets),
+            c,
+            h,
+            steps,
+            reverse=reverse,
         )
-        gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
-        before = jnp.zeros((0, 0, hidden), jnp.float32)
-    hs, c, h = hs[:, :rows, :hidden], c[:rows, :hidden], h[:rows, :hidden]
-    return hs, c, h, gates, before
+        return hs, c, h, gates, before
+    # Also what keeps nothing, of filled-up sizes: that is then kept of a piece.
+    of_inputs = wide_weights(kernel, bias, size, dtype)
+    wanted = 3 if keep else 1
+
+    def of_steps(sequences: Any, state: Any, *masks: Array) -> Any:
+        (x,) = sequences
+        if len(x) < steps:
+            # Else XLA makes one kernel of the cut and the product, and for some
+            # sizes stops: "Couldn't find output tile sizes".
+            x = lax.optimization_barrier(x)
+        z = fill(projected(x, *of_inputs), 1, filled)
+        hs, c, h, gates, before = run(z, *state, *masks)
+        gates = gates_joined(gates[:, :rows], hidden)
+        kept = hs[:, :rows, :hidden], gates, before[:, :rows, :hidden]
+        return kept[:wanted], (c, h)
+
+    of_sequence = partial(jax.ShapeDtypeStruct, (steps, rows, hidden))
+    of_gates = jax.ShapeDtypeStruct((steps, rows, 4 * hidden), gates.dtype)
+    (hs, *kept), (c, h) = in_copies(
+        of_steps,
+        (inputs,),
+        (c, h),
+        lengths,
+        resets,
+        results=[of_sequence(dtype), of_gates, of_sequence(before.dtype)][:wanted],
+        size=piece_steps(steps, given, (filled, size), dtype.itemsize, keep=keep),
+        reverse=reverse,
+    )
+    gates, before = kept or (gates, before)
+    return hs, c[:rows, :hidden], h[:rows, :hidden], gates, before
 
 
 def backward(
@@ -195,26 +230,37 @@ def backward(
     if plan is None:
         sizes = Sizes("backward", steps, rows, hidden, dtype.itemsize)
         plan = choose(sizes._replace(resets=bool(resets.size)))
-    filled, size = up(rows, plan.rows), plan.size(hidden)
+    given, (filled, size) = (rows, hidden), plan.filled(rows, hidden)
+    weights = weights_in_out(as_operand(recurrent_kernel, dtype), size)
 
     def tiles(array: Array, axis: int) -> Array:
         return fill(fill(array, axis, filled), -1, size)
 
-    d_z, d_c, d_h = BACKWARD[plan.kernel](
-        tiles(d_hs.astype(dtype), 1),
-        tiles(d_c.astype(jnp.float32), 0),
-        tiles(d_h.astype(jnp.float32), 0),
-        fill(gates_apart(gates, size), 1, filled),
-        tiles(before, 1),
-        weights_in_out(as_operand(recurrent_kernel, dtype), size),
+    def of_steps(sequences: Any, state: Any, lengths: Any, resets: Any) -> Any:
+        (d_hs, gates, before), (d_c, d_h) = sequences, state
+        d_z, d_c, d_h = BACKWARD[plan.kernel](
+            tiles(d_hs.astype(dtype), 1),
+            d_c,
+            d_h,
+            fill(gates_apart(gates, size), 1, filled),
+            tiles(before, 1),
+            weights,
+            lengths,
+            resets,
+            reverse=reverse,
+            plan=plan,
+            interpret=interpret,
+        )
+        return (gates_joined(d_z[:, :rows], hidden),), (d_c, d_h)
+
+    (d_z,), (d_c, d_h) = in_copies(
+        of_steps,
+        (d_hs, gates, before),
+        (tiles(d_c.astype(jnp.float32), 0), tiles(d_h.astype(jnp.float32), 0)),
         fill(lengths, 0, filled),
         resets,
-        reverse=reverse,
-        plan=plan,
-        interpret=interpret,
+        results=[jax.ShapeDtypeStruct(gates.shape, dtype)],
+        size=piece_steps(steps, given, (filled, size), dtype.itemsize, keep=True),
+        reverse=not reverse,
     )
-    return (
-        gates_joined(d_z[:, :rows], hidden),
-        d_c[:rows, :hidden],
-        d_h[:rows, :hidden],
-    )
+    return d_z, d_c[:rows, :hidden], d_h[:rows, :hidden]

@@ -60,23 +60,27 @@ def kept_dtype(dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float16 if jnp.dtype(dtype).itemsize == 2 else jnp.float32)
 
 
+def wide_weights(
+    kernel: Float[Array, "I G"], bias: Float[Array, " G"], size: int, dtype: Any
+) -> tuple[Float[Array, "I W"], Float[Array, " W"]]:
+    """Returns weights and bias for `projected`, filled up to W = 4P."""
+    wide = gates_apart(kernel.astype(dtype), size)
+    bias = gates_apart(bias.astype(dtype), size)
+    return wide.reshape(len(kernel), 4 * size), bias.reshape(4 * size)
+
+
 def projected(
-    inputs: Float[Array, "T N I"],
-    kernel: Float[Array, "I G"],
-    bias: Float[Array, " G"],
-    size: int,
-) -> Float[Array, "T N 4 P"]:
-    """Returns `x W + b` of all steps, one product of XLA, as the kernels read it.
+    inputs: Float[Array, "T B I"], kernel: Float[Array, "I W"], bias: Float[Array, " W"]
+) -> Float[Array, "T B 4 P"]:
+    """Returns `x W + b` of some steps, one product of XLA, as the kernels read it.
 
     It is rounded to the computation dtype, which adds a fifth to the error of the
     outputs in bfloat16 (T 200, H 128) and spares a copy in float32. The bits are then
     called those of `kept_dtype`, so that the gates can take their place in memory.
     """
     steps, rows, inner = inputs.shape
-    wide = gates_apart(kernel.astype(inputs.dtype), size).reshape(inner, 4 * size)
-    z = inputs.reshape(steps * rows, inner) @ wide
-    bias = gates_apart(bias.astype(z.dtype), size).reshape(4 * size)
-    z = (z + jnp.broadcast_to(bias, z.shape)).reshape(steps, rows, 4, size)
+    z = inputs.reshape(steps * rows, inner) @ kernel
+    z = (z + jnp.broadcast_to(bias, z.shape)).reshape(steps, rows, 4, -1)
     return lax.bitcast_convert_type(z, kept_dtype(z.dtype))
 
 

@@ -9,35 +9,36 @@ few have a small memory of their own. Inputs and outputs are nearly all the memo
 A piece is two launches, `project` and the kernel, and there are few: 17 of 244 steps.
 Which steps they are is an argument, so that all pieces run the same two programs.
 
-Of a few rows, hs in whole tiles would be many times the outputs. They run in pieces
-that are alike, in a loop, whose inputs and outputs are copied.
+Where rows or units have to be filled up, hs is not what the caller gets, and of a few
+rows it would be many times that. Such sequences run in pieces that are alike, in a
+loop, whose inputs and outputs are copied; so does their training, forward and backward
+(`piece_steps`). Only a piece is then filled up.
 
-Axes     T time, N batch in whole tiles, P hidden size in whole groups of units,
-         S planes.
+Axes     T time, B batch, H hidden size; N and P the same in whole tiles of the batch
+         and whole groups of units; S planes.
 """
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.copied import in_copies
 from flax_lstm_kernels.gpu.source import Piece
 
 # Steps whose planes have a memory of their own: so many, or what takes so many bytes.
 LAST = 4
 LAST_BYTES = 4 << 20
-# Fewer rows than this run in copied pieces: hs in whole tiles would be as large twice.
-FEW = 8
-# Steps that such a piece has at least: by estimate, not measured, its launches are then
-# a sixth of the time. And bytes that its planes take, where there are as many.
-LEAST = 60
-PROJECTED = 1 << 20
+# Steps of a copied piece, where there are that many: at least so many, or a sixteenth
+# of all, and as many as have planes of so many bytes. By estimate, not measured, its
+# launches (about 5, in training 7) then take no more time than its steps.
+LEAST = 16
+PIECES = 16
+PROJECTED = 256 << 10
 
 
 class Cut(NamedTuple):
@@ -84,57 +85,6 @@ def cuts(steps: int, last: int, *, reverse: bool) -> list[Cut]:
     return found
 
 
-def inference(
-    project: Callable[[Array, Any, Array], None],
-    run: Callable[..., tuple[Array, ...]],
-    inputs: Float[Array, "T B I"],
-    c: Float[Array, "N P"],
-    h: Float[Array, "N P"],
-    lengths: Int[Array, " N"],
-    resets: Shaped[Array, "T B"] | Shaped[Array, "0 0"],
-    *,
-    reverse: bool,
-) -> tuple[Array, Array, Array]:
-    """Runs over all steps, keeping nothing.
-
-    Args:
-      project: Called with inputs, a reference to planes, and `Piece.now`.
-      run: Called with a `Piece`, c, h, lengths and resets; returns `(c, h)`.
-      inputs: In the computation dtype.
-      c: Cell before the first step.
-      h: Output before the first step, in the computation dtype.
-      lengths: 0 to T.
-      resets: Of all steps, or empty.
-      reverse: From the last valid step to the first.
-
-    Returns:
-      `(hs [T, N, P], c, h)`; of a few rows hs are `[T, B, P]`.
-    """
-    steps, rows, _ = inputs.shape
-
-    def of_copy(inputs: Array, *others: Array) -> tuple[Array, ...]:
-        count, h = len(inputs), others[1]
-        hs, planes = nothing(count, h), nothing(4 * count, h)
-        now = jnp.array([0, count, 0], jnp.int32)
-        project(inputs, planes, now)
-        c, h = run(Piece(hs, planes, now, count), *others)
-        return jax.freeze(hs)[:, :rows], c, h
-
-    if rows < FEW:
-        size = piece_steps(steps, h.shape[0], h.shape[1], h.dtype.itemsize)
-        return in_copies(
-            of_copy, inputs, c, h, lengths, resets, size=size, reverse=reverse
-        )
-    return in_pieces(
-        jax.jit(partial(project, inputs)),
-        lambda piece, c, h: run(piece, c, h, lengths, resets),
-        c,
-        h,
-        steps,
-        reverse=reverse,
-    )
-
-
 def nothing(steps: int, like: Array) -> Any:
     """Returns a reference to memory of `[steps, N, P]`, with anything in it."""
     return compat.in_place(lax.empty((steps, *like.shape), like.dtype))
@@ -172,17 +122,36 @@ def in_pieces(
     return jax.freeze(hs), c, h
 
 
-def piece_steps(steps: int, rows: int, size: int, itemsize: int) -> int:
+def piece_steps(
+    steps: int,
+    given: tuple[int, ...],
+    filled: tuple[int, ...],
+    itemsize: int,
+    *,
+    keep: bool,
+) -> int:
     """Returns the steps of a copied piece; all have as many, but for the last.
+
+    Nothing is cut where N and P are B and H; nor in training in 16 bits where they are
+    less than twice as much: it then takes less memory than a scan, whose steps leave
+    float32, and at once it has fewer launches.
 
     Args:
       steps: T.
-      rows: N.
-      size: P.
+      given: B and H.
+      filled: N and P.
       itemsize: Bytes of the computation dtype.
+      keep: For training.
 
-    >>> piece_steps(244, 8, 128, 2), piece_steps(2048, 8, 1024, 2)
-    (244, 61)
+    >>> piece_steps(2048, (1, 1024), (8, 1024), 2, keep=True)
+    16
+    >>> piece_steps(2048, (5, 1024), (8, 1024), 2, keep=True)
+    2048
     """
-    least = max(LEAST, PROJECTED // (rows * 4 * size * itemsize))
+    rows, size = filled
+    whole = keep and rows * size * itemsize < 4 * math.prod(given)
+    if whole or given == filled:
+        return steps
+    least = min(LEAST, max(LAST, -(-steps // PIECES)))
+    least = max(least, PROJECTED // (rows * 4 * size * itemsize))
     return -(-steps // max(1, steps // least))

@@ -90,6 +90,10 @@ class Plan(NamedTuple):
         # A block of a cluster may own fewer units than a warpgroup computes at once.
         return up(hidden, UNITS * (1 if self.kernel == "cluster" else self.blocks))
 
+    def filled(self, rows: int, hidden: int) -> tuple[int, int]:
+        """Returns N and P, which B and H are filled up to."""
+        return up(rows, self.rows), self.size(hidden)
+
 
 class Sizes(NamedTuple):
     """What is to be computed.

@@ -93,18 +93,24 @@ def forward(
     size = plan.piece_steps(rows)
     if keep or plan.fused or steps <= size:
         return run(inputs, c, h, lengths, resets)
-    results = in_copies(
-        run,
-        inputs,
-        c.astype(jnp.float32),
-        h.astype(inputs.dtype),
+
+    def of_piece(sequences: Any, state: Any, *masks: Any) -> Any:
+        hs, c, h, _, _ = run(*sequences, *state, *masks)
+        return (hs,), (c, h)
+
+    dtype, hidden = inputs.dtype, h.shape[1]
+    (hs,), (c, h) = in_copies(
+        of_piece,
+        (inputs,),
+        (c.astype(jnp.float32), h.astype(dtype)),
         lengths,
         resets,
+        results=[jax.ShapeDtypeStruct((steps, rows, hidden), dtype)],
         size=size,
         reverse=reverse,
     )
-    empty = jnp.zeros((0, 0, 4 * h.shape[1]), jnp.float32)
-    return *results, empty, empty[..., : h.shape[1]]
+    empty = jnp.zeros((0, 0, 4 * hidden), jnp.float32)
+    return hs, c, h, empty, empty[..., :hidden]
 
 
 def backward(
