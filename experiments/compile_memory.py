@@ -3,7 +3,7 @@
     python experiments/compile_memory.py                 all targets
     python experiments/compile_memory.py --targets h100  its rows alone; others stay
     python experiments/compile_memory.py --targets v4 --shape 64 128 1024 1024
-        any shape T B I H, not written; also --dtype, --precision
+        any shape T B I H; also --dtype, --precision; recorded with --write
 
 Compiles `lstm` ahead of time, as `compile_kernels.py` does, and asks the compiler for
 its plan: the peak of inputs, results and scratch, all together. `forward` keeps nothing
@@ -11,10 +11,10 @@ for a derivative, `gradient` is that of weights and inputs. The plan is the same
 every run.
 
 The peak has in it what a TPU's compiler keeps, or copies to, on the chip while it fits:
-in common memory on v4, 128 MiB, else in the vector memory that kernels leave. What is
-printed, but not written: `hbm_mib`, inputs, results and scratch that are not there.
+in common memory on v4, 128 MiB, else in the vector memory that kernels leave. Of a
+`--shape` there is also `hbm_mib`, inputs, results and scratch that are not there.
 
-Writes results/compile_memory.csv.
+Writes results/compile_memory.csv, of a `--shape` results/compile_memory_shapes.csv.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from typing import Any
 from compile_kernels import TARGETS, default_cache
 
 RESULTS = Path(__file__).parent / "results" / "compile_memory.csv"
+OF_SHAPES = RESULTS.with_name("compile_memory_shapes.csv")
 # T, B, I, H: the first layer of the tutorial, whose inputs fill no whole lanes of a
 # TPU; one whose inputs do; one of many steps and few rows.
 SHAPES = ((244, 256, 300, 128), (244, 256, 256, 128), (1024, 16, 256, 256))
@@ -90,20 +91,6 @@ def rows_of(
                     hbm += plan.temp_size_in_bytes - plan.alias_size_in_bytes
                     row["peak_mib"] = f"{plan.peak_memory_in_bytes / 2**20:.1f}"
                     print(json.dumps(row | {"hbm_mib": f"{hbm / 2**20:.1f}"}))
-
-
-def peak_mib(
-    target: str,
-    shape: tuple[int, ...],
-    name: str,
-    mode: str,
-    place: Any,
-    *,
-    lengths: bool,
-) -> float:
-    """Compiles in this process; returns the peak."""
-    plan = planned(target, shape, name, mode, place, lengths)
-    return plan.peak_memory_in_bytes / 2**20
 
 
 def planned(
@@ -174,6 +161,25 @@ def child_of(cache: Path, target: str, *asked: Any) -> list[dict[str, Any]]:
     return [json.loads(line) | made for line in lines]
 
 
+def record(found: list[dict[str, Any]]) -> None:
+    """Writes rows of a shape, in the place of those of the same programs."""
+    measured = {"peak_mib", "hbm_mib", "jax", "date"}
+
+    def program_of(row: dict[str, Any]) -> list[str]:
+        return [str(row[name]) for name in found[0] if name not in measured]
+
+    rows: list[dict[str, Any]] = []
+    if OF_SHAPES.exists():
+        with OF_SHAPES.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    new = [program_of(row) for row in found]
+    rows = [row for row in rows if program_of(row) not in new] + found
+    with OF_SHAPES.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, found[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=program_of))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, default=default_cache())
@@ -181,6 +187,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=4, metavar=tuple("TBIH"))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--precision", help='"highest": the scan rounds no operand')
+    parser.add_argument("--write", action="store_true", help="records a --shape")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -189,7 +196,10 @@ def main() -> None:
     how = options.dtype, options.precision
     if options.shape:
         for target in options.targets:
-            print(*child_of(options.cache, target, [options.shape], *how), sep="\n")
+            found = child_of(options.cache, target, [options.shape], *how)
+            print(*found, sep="\n")
+            if options.write:
+                record([{"precision": options.precision or ""} | row for row in found])
         return
     if how != ("bfloat16", None) or not {*options.targets} <= {*RECORDED}:
         parser.error(f"only {RECORDED} in bfloat16 are recorded; give a --shape")

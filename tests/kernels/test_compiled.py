@@ -19,7 +19,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # process of its own, for it loads the compiler.
 PEAKS = """
 import sys
-from compile_memory import ABOVE, MORE, SHAPES, TARGETS, peak_mib
+from compile_memory import ABOVE, MORE, SHAPES, TARGETS, planned
 
 target, lengths = sys.argv[1], sys.argv[2] == "lengths"
 place = TARGETS[target][0].sharding(target)
@@ -34,7 +34,7 @@ for shape in ABOVE.get(target, ())[:1]:
     asked += [(shape, "forward", weights + 2.5)]  # and a piece, filled up
 for shape, mode, above in asked:
     peaks = [
-        peak_mib(target, shape, name, mode, place, lengths=lengths)
+        planned(target, shape, name, mode, place, lengths).peak_memory_in_bytes / 2**20
         for name in ("pallas", "scan")
     ]
     print("peaks", *peaks, above, *shape, mode)
