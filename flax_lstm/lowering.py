@@ -183,6 +183,13 @@ def accelerator_transposed(
     x = select(live_steps(x.shape[0], lengths), x, 0)
     h_before = previous(hs, h, lengths, resets, reverse=reverse)
     operand = d_z.astype(dtype)
+    d_x = jnp.zeros((0, 0, 0), dtype)
+    if of_inputs:
+        d_x = product("tbg,ig->tbi", operand, kernel.astype(dtype)).astype(dtype)
+    if platform == "gpu" and x.size < kernel.size:
+        # First: of so few rows XLA cuts up the sum over gates, and has the parts, each
+        # as large as d_x, in float32. They are then where later results will be.
+        operand, d_x = lax.optimization_barrier((operand, d_x))
     d_kernel = product("tbi,tbg->ig", x, operand).astype(kernel.dtype)
     if platform == "gpu":
         # Else XLA makes one product of both: it copies x and h side by side, and has
@@ -193,9 +200,6 @@ def accelerator_transposed(
         product("tbh,tbg->hg", h_before, operand),
         jnp.sum(d_z, (0, 1), dtype=wide),
     )
-    d_x = jnp.zeros((0, 0, 0), dtype)
-    if of_inputs:
-        d_x = product("tbg,ig->tbi", operand, kernel.astype(dtype)).astype(dtype)
     weights = cast_weights(weights, kernel, recurrent_kernel)
     return [d_x, *weights, d_c, d_h.astype(dtype)]
 

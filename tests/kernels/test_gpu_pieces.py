@@ -11,8 +11,8 @@ import pytest
 import reference
 from flax_lstm_kernels import compat, gpu
 from flax_lstm_kernels.copied import in_copies
-from flax_lstm_kernels.gpu import Plan, forward, pieces, single
-from flax_lstm_kernels.gpu.arrange import gates_apart, up, weights_out_in
+from flax_lstm_kernels.gpu import Plan, forward, pieces, project, single
+from flax_lstm_kernels.gpu.arrange import gates_apart, recurrent_weights, up
 from flax_lstm_kernels.gpu.pieces import (
     LAST,
     LEAST,
@@ -22,14 +22,9 @@ from flax_lstm_kernels.gpu.pieces import (
     last_steps,
     piece_steps,
 )
-from flax_lstm_kernels.gpu.plan import (
-    PLANNERS,
-    SHARED_MEMORY,
-    SPARE,
-    Sizes,
-    single_bytes,
-)
+from flax_lstm_kernels.gpu.plan import PLANNERS, Sizes
 from flax_lstm_kernels.gpu.source import Piece
+from flax_lstm_kernels.gpu.step import slabs_out_in
 from gpu_problems import BARS, judge, problem, run
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
@@ -159,7 +154,9 @@ def piece_alone(kernel, *, reverse, apart, dtype="float32"):
     held = before[:8].copy() if apart else before
     held[first_plane : first_plane + 8] = np.nan  # of rows that are not there
     held[first_plane : first_plane + 8, :9] = z
-    weights = gpu.ARRANGED[kernel](weights_out_in(recurrent, size))
+    weights = recurrent_weights(recurrent, size)
+    if kernel == "step":
+        weights = slabs_out_in(weights)
 
     def widened(array):
         return jnp.pad(array, ((0, filled - 9), (0, size - 60)))
@@ -232,20 +229,23 @@ def short_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "rows", "hidden", "reverse"),
+    ("kernel", "rows", "size", "hidden", "reverse"),
     [
-        ("single", 8, 64, False),
-        ("single", 8, 64, True),
-        ("step", 8, 64, False),
-        ("single", 9, 7, True),
-        ("step", 3, 7, False),
+        ("single", 8, 2, 64, False),
+        ("single", 8, 2, 64, True),
+        ("step", 8, 2, 64, False),
+        ("single", 9, 2, 7, True),
+        ("single", 9, 35, 7, True),
+        ("step", 3, 2, 7, False),
     ],
 )
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.kernels("interpreted")
-def test_a_sequence_in_pieces_has_the_values_of_numpy(kernel, rows, hidden, reverse):
+def test_a_sequence_in_pieces_has_the_values_of_numpy(
+    kernel, rows, size, hidden, reverse
+):
     """Of whole tiles in place, of others in copies."""
-    given = problem((7, rows, 2, hidden), "float32")
+    given = problem((7, rows, size, hidden), "float32")
     got = run(given, Plan(kernel, 8, 2), reverse=reverse, keep=False)
     x, kernel, recurrent, bias, c, h, lengths, resets = given.arguments
     want = reference.lstm(
@@ -281,22 +281,34 @@ def test_training_in_copied_pieces_has_the_values_and_gradients_of_numpy(
     assert not got.raced
 
 
-def test_inference_of_filled_up_rows_has_room_for_what_a_piece_keeps(monkeypatch):
-    """With four stages, as of whole tiles, a block would want 228 KiB."""
-    sizes, plans = Sizes("forward", 3, 2001, 128, 2), []
+@pytest.mark.parametrize(
+    ("rows", "size", "copied"),
+    [(2001, 32, False), (20, 40, False), (7, 40, True), (20, 31, True)],
+)
+def test_inference_of_filled_up_rows_keeps_nothing_and_copies_few_inputs(
+    rows, size, copied, monkeypatch
+):
+    """Inputs are cut up where they are too few for `project` to read in place."""
+    given = problem((64, rows, size, 128), "bfloat16")
+    sources, read, unwatched = [], [], project.project
 
-    def watched(*arrays, plan, **options):
-        plans.append(plan)
-        return single.forward_pass(*arrays, plan=plan, **options)
+    def single_watched(source, *arrays, **options):
+        sources.append(source)
+        return single.forward_pass(source, *arrays, **options)
 
-    monkeypatch.setitem(gpu.FORWARD, "single", watched)
-    given = problem((3, 2001, 4, 128), "bfloat16")
+    def project_watched(inputs, *arrays, **options):
+        read.append(inputs.shape)
+        return unwatched(inputs, *arrays, **options)
+
+    monkeypatch.setitem(gpu.FORWARD, "single", single_watched)
+    monkeypatch.setattr(project, "project", project_watched)
     call = partial(forward, reverse=False, keep=False, interpret=True)
     jax.eval_shape(call, *given.arguments)
-    assert plans
-    for plan in plans:
-        assert single_bytes(sizes, plan.rows, plan.stages) <= SHARED_MEMORY - SPARE
-    assert single_bytes(sizes, 16, 4) > SHARED_MEMORY
+    assert sources
+    assert all(isinstance(source, Piece) for source in sources)
+    steps = {len(source.hs) for source in sources}
+    assert max(steps) < 64
+    assert {shape[0] for shape in read} == (steps if copied else {64})
 
 
 @pytest.mark.parametrize("kernel", ["single", "cluster", "grid", "step"])

@@ -35,14 +35,12 @@ from flax_lstm_kernels.gpu.arrange import (
     gates_joined,
     kept_dtype,
     projected,
-    weights_in_out,
-    weights_out_in,
+    recurrent_weights,
     wide_weights,
 )
-from flax_lstm_kernels.gpu.common import as_operand
-from flax_lstm_kernels.gpu.pieces import in_pieces, piece_steps
+from flax_lstm_kernels.gpu.pieces import in_pieces, nothing, piece_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
-from flax_lstm_kernels.gpu.slabs import slabs_out_in
+from flax_lstm_kernels.gpu.source import Piece
 
 __all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
 
@@ -51,13 +49,6 @@ FORWARD = {
     "cluster": cluster.forward_pass,
     "grid": grid.forward_pass,
     "step": step.forward_pass,
-}
-# How a kernel forward reads the recurrent weights: once for all pieces.
-ARRANGED = {
-    "single": lambda weights: weights,
-    "cluster": cluster.weights_of_pairs,
-    "grid": slabs_out_in,
-    "step": slabs_out_in,
 }
 BACKWARD = {
     "single": single_backward.backward_pass,
@@ -121,11 +112,10 @@ def forward(
             "forward", steps, rows, hidden, dtype.itemsize, keep, bool(resets.size)
         )
         plan = choose(sizes)
-        if plan.filled(rows, hidden) != (rows, hidden):
-            plan = choose(sizes._replace(keep=True))  # of a piece all is kept, below
     given, (filled, size) = (rows, hidden), plan.filled(rows, hidden)
-    weights = weights_out_in(as_operand(recurrent_kernel, dtype), size)
-    weights = ARRANGED[plan.kernel](weights)
+    weights = recurrent_weights(recurrent_kernel.astype(dtype), size)
+    if plan.kernel == "step":
+        weights = step.slabs_out_in(weights)  # once for all steps and pieces
     lengths = fill(lengths, 0, filled)
 
     def run(source: Any, *others: Array) -> tuple[Array, ...]:
@@ -137,29 +127,58 @@ def forward(
     h = fill(fill(h.astype(dtype), 0, filled), 1, size)
     gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
     before = jnp.zeros((0, 0, hidden), jnp.float32)
-    if not keep and given == (filled, size):
+    if not keep:
         weights_of_inputs = project.weights_of_inputs(kernel, bias, size, dtype)
 
         @jax.jit
-        def to_planes(planes: Any, now: Array) -> None:
+        def to_planes(inputs: Array, planes: Any, now: Array) -> None:
             project.project(
                 inputs, weights_of_inputs, planes, now, size=size, interpret=interpret
             )
 
         # Traced once for all pieces, but for `step`, where each is a loop of its own.
         of_piece = run if plan.kernel == "step" else jax.jit(run)
-        hs, c, h = in_pieces(
-            to_planes,
-            lambda piece, c, h: of_piece(piece, c, h, lengths, resets),
-            c,
-            h,
-            steps,
-            reverse=reverse,
-        )
-        return hs, c, h, gates, before
-    # Also what keeps nothing, of filled-up sizes: that is then kept of a piece.
+
+        def whole_tiles() -> tuple[Array, ...]:
+            return in_pieces(
+                partial(to_planes, inputs),
+                lambda piece, c, h: of_piece(piece, c, h, lengths, resets),
+                c,
+                h,
+                steps,
+                reverse=reverse,
+            )
+
+        def filled_up() -> tuple[Array, ...]:
+            def of_steps(sequences: Any, state: Any, *masks: Array) -> Any:
+                x, numbers = sequences
+                count = len(numbers)
+                now = jnp.array([0, count, 0], jnp.int32)
+                piece = Piece(nothing(count, h), nothing(4 * count, h), now, count)
+                if project.copies(inputs):
+                    to_planes(x, piece.planes, now)
+                else:
+                    to_planes(inputs, piece.planes, now.at[0].set(numbers[0]))
+                state = of_piece(piece, *state, *masks)
+                return (jax.freeze(piece.hs)[:, :rows, :hidden],), state
+
+            (hs,), (c_last, h_last) = in_copies(
+                of_steps,
+                (inputs, jnp.arange(steps, dtype=jnp.int32)),
+                (c, h),
+                lengths,
+                resets,
+                results=[jax.ShapeDtypeStruct((steps, rows, hidden), dtype)],
+                size=piece_steps(
+                    steps, given, (filled, size), dtype.itemsize, keep=keep
+                ),
+                reverse=reverse,
+            )
+            return hs, c_last[:rows, :hidden], h_last[:rows, :hidden]
+
+        found = whole_tiles() if given == (filled, size) else filled_up()
+        return *found, gates, before
     of_inputs = wide_weights(kernel, bias, size, dtype)
-    wanted = 3 if keep else 1
 
     def of_steps(sequences: Any, state: Any, *masks: Array) -> Any:
         (x,) = sequences
@@ -170,22 +189,21 @@ def forward(
         z = fill(projected(x, *of_inputs), 1, filled)
         hs, c, h, gates, before = run(z, *state, *masks)
         gates = gates_joined(gates[:, :rows], hidden)
-        kept = hs[:, :rows, :hidden], gates, before[:, :rows, :hidden]
-        return kept[:wanted], (c, h)
+        return (hs[:, :rows, :hidden], gates, before[:, :rows, :hidden]), (c, h)
 
     of_sequence = partial(jax.ShapeDtypeStruct, (steps, rows, hidden))
     of_gates = jax.ShapeDtypeStruct((steps, rows, 4 * hidden), gates.dtype)
-    (hs, *kept), (c, h) = in_copies(
+    results = [of_sequence(dtype), of_gates, of_sequence(before.dtype)]
+    (hs, gates, before), (c, h) = in_copies(
         of_steps,
         (inputs,),
         (c, h),
         lengths,
         resets,
-        results=[of_sequence(dtype), of_gates, of_sequence(before.dtype)][:wanted],
+        results=results,
         size=piece_steps(steps, given, (filled, size), dtype.itemsize, keep=keep),
         reverse=reverse,
     )
-    gates, before = kept or (gates, before)
     return hs, c[:rows, :hidden], h[:rows, :hidden], gates, before
 
 
@@ -231,7 +249,7 @@ def backward(
         sizes = Sizes("backward", steps, rows, hidden, dtype.itemsize)
         plan = choose(sizes._replace(resets=bool(resets.size)))
     given, (filled, size) = (rows, hidden), plan.filled(rows, hidden)
-    weights = weights_in_out(as_operand(recurrent_kernel, dtype), size)
+    weights = recurrent_weights(recurrent_kernel, size)
 
     def tiles(array: Array, axis: int) -> Array:
         return fill(fill(array, axis, filled), -1, size)

@@ -84,20 +84,14 @@ def projected(
     return lax.bitcast_convert_type(z, kept_dtype(z.dtype))
 
 
-def weights_out_in(
+def recurrent_weights(
     recurrent_kernel: Float[Array, "H G"], size: int
-) -> Float[Array, "4 P P"]:
-    """Returns the recurrent weights as (gate, unit it goes to, unit it comes from)."""
-    wide = fill(gates_apart(recurrent_kernel, size), 0, size)
-    return wide.transpose(1, 2, 0)
+) -> Float[Array, "P 4 P"]:
+    """Returns the weights by (unit they come from, gate, unit they go to).
 
-
-def weights_in_out(
-    recurrent_kernel: Float[Array, "H G"], size: int
-) -> Float[Array, "4 P P"]:
-    """Returns the recurrent weights as (gate, unit it comes from, unit it goes to)."""
-    wide = fill(gates_apart(recurrent_kernel, size), 0, size)
-    return wide.swapaxes(0, 1)
+    That is how they lie in memory: where no units are filled up, nothing is copied.
+    """
+    return fill(gates_apart(recurrent_kernel, size), 0, size)
 
 
 def tile_ends(lengths: Int[Array, " N"], rows: int) -> Int[Array, " tiles"]:

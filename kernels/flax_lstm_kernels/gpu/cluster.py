@@ -8,7 +8,8 @@ Grid     One cluster of `blocks` blocks per tile of `rows` rows; clusters never 
 Threads  One warpgroup per 32 units; a block has as many as its share of P asks for.
 Resident The block's share of the recurrent weights, all four gates of its units, and
          two h of all units (the one read, the one written) in shared memory; c and the
-         own part of h in registers.
+         own part of h in registers. Weights come through registers, which turn them:
+         TMA wants a contiguous place, and one gate's 32 of the 64 rows are none.
 Step     wgmma on h starts, and the next step's gates are asked for; z comes through
          shared memory into the layout of `cluster_tiles`; the pointwise part; the own
          part of h goes to all other blocks (`cluster_exchange`); while it is under
@@ -29,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import tile_masks
+from flax_lstm_kernels.gpu.arrange import UNITS, tile_masks
 from flax_lstm_kernels.gpu.cluster_exchange import (
     SLOTS,
     Copy,
@@ -54,13 +55,6 @@ from flax_lstm_kernels.gpu.common import (
 )
 from flax_lstm_kernels.gpu.plan import Plan
 from flax_lstm_kernels.gpu.source import Kind, forward_results, on_source
-
-
-def weights_of_pairs(weights: Any) -> Any:
-    """Arranges `[4, P, P]` by owner: `[P / 32, 2, 64, P]`, gates i f and then g o."""
-    size = weights.shape[1]
-    owned = weights.reshape(4, size // WIDTH, WIDTH, size).swapaxes(0, 1)
-    return owned.reshape(size // WIDTH, 2, PAIR, size)
 
 
 def body(
@@ -95,24 +89,32 @@ def body(
         places = [span.gate(t, batch, n, units) for n in range(4)]
         return tuple(values.load(place, dtype) for place in places)
 
-    ready = loaded.at[here]
-    for pair in range(2):
-        plgpu.copy_gmem_to_smem(
-            weights_ref.at[rank * team.groups + group, pair],
-            weights.at[here, group, pair],
-            ready,
-        )
+    def weights_from(k: Any, nothing: None) -> None:
+        """Brings the weights for 64 units that they come from."""
+        columns = pl.ds(k * UNITS, UNITS)
+        pairs = [
+            (
+                weights_ref.at[columns, n, units],
+                weights.at[here, group, n // 2, pl.ds(n % 2 * WIDTH, WIDTH), columns],
+            )
+            for n in range(4)
+        ]
+        registers.bring_turned(pairs)
 
     @pl.when(group == 0)
     def all_of_h() -> None:
-        plgpu.copy_gmem_to_smem(operand_ref.at[batch], h_pair.at[here, 0], ready)
+        plgpu.copy_gmem_to_smem(
+            operand_ref.at[batch], h_pair.at[here, 0], loaded.at[here]
+        )
 
     exchange.start()
     c_first = values.load(c_ref.at[batch, units])
     h_first = values.load(h_ref.at[batch, units])
     lengths = values.per_row(lengths_ref.at[tile])
     z_first = given(0)
-    plgpu.barrier_wait(ready)
+    lax.fori_loop(0, weights_ref.shape[0] // UNITS, weights_from, None)
+    plgpu.commit_smem()
+    plgpu.barrier_wait(loaded.at[here])
 
     def step(k: Any, carry: Any) -> Any:
         c_old, h_old, z = carry
@@ -190,7 +192,7 @@ def forward_pass(
         tiles((team.in_block, team.groups, 2, PAIR, size), dtype),
         tiles((team.in_block, SLOTS, rows, size), dtype),
         tiles((team.in_block, team.groups, rows, 2 * PAIR), jnp.float32),
-        plgpu.Barrier(num_arrivals=2 * team.groups + 1, num_barriers=team.in_block),
+        plgpu.Barrier(num_arrivals=1, num_barriers=team.in_block),
         team.barriers(copies),
     ]
     operands = [weights, c, h, as_operand(h, dtype)]

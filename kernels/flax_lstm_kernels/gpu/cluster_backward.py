@@ -48,17 +48,6 @@ from flax_lstm_kernels.gpu.common import Refs, Registers, Slopes, as_operand, me
 from flax_lstm_kernels.gpu.plan import Plan
 
 
-def weights_by_unit(weights: Any, members: int) -> Any:
-    """Arranges `[4, P, P]` (gate, from, to) by where dz comes from.
-
-    Returns `[members, P / 64, 64, K]`: the block; the 64 units that the product is
-    for; the gates of the block's units in 32s, those of a warpgroup side by side.
-    """
-    _, size, _ = weights.shape
-    apart = weights.reshape(4, size // PAIR, PAIR, members, -1, WIDTH)
-    return apart.transpose(3, 1, 2, 4, 0, 5).reshape(members, size // PAIR, PAIR, -1)
-
-
 def body(*refs, team: Team, rows: int, reverse: bool, cuts: bool, plain: bool):
     """Runs one warpgroup; see the module."""
     take = Refs(refs)
@@ -93,16 +82,26 @@ def body(*refs, team: Team, rows: int, reverse: bool, cuts: bool, plain: bool):
         return gates, before, values.load(d_hs_ref.at[t, batch, units])
 
     ready = loaded.at[here]
-    for product in products:
-        plgpu.copy_gmem_to_smem(
-            weights_ref.at[rank, product], weights.at[here, product], ready
-        )
+    # Of each product, the gates of the block's units in 32s, as d_z_tiles has them.
+    shares = [
+        (weights.at[here, product, n], product, *divmod(n, 4))
+        for product in products
+        for n in range(4 * team.groups)
+    ]
+    for share, product, mate, n in shares:
+        theirs = pl.ds((rank * team.groups + mate) * WIDTH, WIDTH)
+        place = weights_ref.at[pl.ds(product * PAIR, PAIR), n, theirs]
+        plgpu.copy_gmem_to_smem(place, share, ready)
     exchange.start()
     d_c_last = values.load(d_c_last_ref.at[batch, units])
     d_h_last = values.load(d_h_last_ref.at[batch, units])
     lengths = values.per_row(lengths_ref.at[tile])
     first = given(0)
     plgpu.barrier_wait(ready)
+    if weights.dtype == jnp.float32:
+        for share, *_ in shares:
+            values.store(share, as_operand(values.load(share), weights.dtype))
+        plgpu.commit_smem()
 
     def letters(slot: Any) -> list[Copy]:
         """Returns the copies of a round: of each product, to the two it is for."""
@@ -131,10 +130,7 @@ def body(*refs, team: Team, rows: int, reverse: bool, cuts: bool, plain: bool):
         meet(stored.at[here], team.groups)
         pairs = [
             [
-                (
-                    weights.at[here, product, :, pl.ds(n * WIDTH, WIDTH)],
-                    d_z_tiles.at[here, n],
-                )
+                (weights.at[here, product, n], d_z_tiles.at[here, n])
                 for n in range(4 * team.groups)
             ]
             for product in products
@@ -198,7 +194,7 @@ def backward_pass(
       d_h: `[N, P]` in float32.
       gates: `[T, N, 4, P]`.
       before: `[T, N, P]` in float32.
-      weights: `[4, P, P]` in the computation dtype, from `weights_in_out`.
+      weights: `[P, 4, P]` in the computation dtype, from `recurrent_weights`.
       lengths: int32 `[N]`.
       resets: `[T, N]`, or empty.
       reverse: From the last valid step to the first.
@@ -214,16 +210,15 @@ def backward_pass(
     state = state_like(filled, size)
     products, in_block = size // PAIR, team.in_block
     scratch = [
-        tiles((in_block, products, PAIR, 4 * team.groups * WIDTH), dtype),
+        tiles((in_block, products, 4 * team.groups, PAIR, WIDTH), dtype),
         tiles((in_block, 4 * team.groups, rows, WIDTH), dtype),
         tiles((in_block, SLOTS, products, rows, PAIR), jnp.float32),
         tiles((in_block, SLOTS, team.groups, team.members, rows, WIDTH), jnp.float32),
-        plgpu.Barrier(num_arrivals=products, num_barriers=in_block),
+        plgpu.Barrier(num_arrivals=4 * team.groups * products, num_barriers=in_block),
         plgpu.Barrier(num_arrivals=team.groups, num_barriers=in_block),
         team.barriers(team.members * team.groups * rows // EIGHT),
     ]
-    operands = [weights_by_unit(weights, team.members)]
-    operands += tile_masks(lengths, resets, rows)
+    operands = [weights, *tile_masks(lengths, resets, rows)]
     run = compat.kernel(
         partial(
             body,

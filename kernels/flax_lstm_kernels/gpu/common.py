@@ -79,6 +79,14 @@ def nearest_tf32(value: Any) -> Any:
     return jnp.where(value != value, value, rounded)
 
 
+def multiplied_turned(dtype: Any) -> bool:
+    """Says whether the matrix instruction takes weights as they lie, `[from, to]`.
+
+    It takes 16 bits in either order; tf32 only with the axis that is summed over last.
+    """
+    return jnp.dtype(dtype).itemsize == 2
+
+
 def hardware_sigmoid(x: Any) -> Any:
     """Returns the sigmoid by one instruction, `tanh`, where it has one."""
     return 0.5 * jnp.tanh(0.5 * x) + 0.5
@@ -196,6 +204,33 @@ class Registers(NamedTuple):
             turned = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
             compat.transposed(ref)[...] = turned
 
+    def turn(self, ref: Any) -> None:
+        """Turns a tile `[64, 64]` of shared memory in place, as operand."""
+        value = as_operand(self.load(ref), ref.dtype)
+        plgpu.commit_smem()  # by all warps: each has read
+        if self.plain:
+            ref[...] = value
+        else:
+            compat.store(ref, value)
+
+    def round(self, ref: Any) -> None:
+        """Makes an operand of a tile `[N, 64]` of shared memory, in place."""
+        self.store(ref, as_operand(self.load(ref), ref.dtype))
+
+    def bring_turned(self, pairs: list[tuple[Any, Any]]) -> None:
+        """Brings tiles `[64, N]` of global memory to shared memory, as operands.
+
+        Args:
+          pairs: Each where it lies, and the tile `[N, 64]`.
+        """
+        layout = plgpu.Layout.WGMMA
+        found = [
+            (tile, place[...] if self.plain else compat.load(place, layout))
+            for place, tile in pairs  # all on their way at once
+        ]
+        for tile, value in found:
+            self.store(tile, as_operand(value, tile.dtype))
+
     def per_row(self, ref: Any) -> Any:
         """Loads `[N]` of global memory, one for each row, as `[64, N]`."""
         if self.plain:
@@ -205,24 +240,30 @@ class Registers(NamedTuple):
         return lax.broadcast_in_dim(value, (UNITS, *value.shape), (1,))
 
     def sums(
-        self, pairs: list[list[tuple[Any, Any]]], meanwhile: Callable[[], Any]
+        self,
+        pairs: list[list[tuple[Any, Any]]],
+        meanwhile: Callable[[], Any],
+        *,
+        turned: bool = False,
     ) -> tuple[tuple[Any, ...], Any]:
         """Multiplies; returns the sums `[64, N]` and what `meanwhile` returned.
 
         Args:
-          pairs: For each sum, its `(weights [64, 64], tile [N, 64])` in shared memory,
+          pairs: For each sum, its `(weights [64, K], tile [N, K])` in shared memory,
             of which it is the sum of all `weights @ tile^T`, in float32.
           meanwhile: What can be done while the products are on their way.
+          turned: The weights are `[K, 64]`.
         """
         rows = pairs[0][0][1].shape[0]
         if self.plain:
             found = meanwhile()
-            return tuple(plain_sum(pair) for pair in pairs), found
+            return tuple(plain_sum(pair, turned=turned) for pair in pairs), found
 
         def scope(*totals: Any) -> Any:
             # In turn, so that a product need not wait for its sum's last one.
             for column in zip(*pairs, strict=True):
                 for total, (weights, tile) in zip(totals, column, strict=True):
+                    weights = compat.transposed(weights) if turned else weights
                     plgpu.wgmma(total, weights, compat.transposed(tile))
             found = meanwhile()
             return tuple(total[...] for total in totals), found
@@ -231,9 +272,12 @@ class Registers(NamedTuple):
         return pl.run_scoped(scope, *totals)
 
 
-def plain_sum(pairs: list[tuple[Any, Any]]) -> Any:
+def plain_sum(pairs: list[tuple[Any, Any]], *, turned: bool) -> Any:
     """Returns one of `Registers.sums`, for an interpreter without turned operands."""
-    parts = [plain_product(weights[...], tile[...]) for weights, tile in pairs]
+    parts = [
+        plain_product(weights[...].T if turned else weights[...], tile[...])
+        for weights, tile in pairs
+    ]
     return sum(parts[1:], parts[0])
 
 

@@ -74,15 +74,15 @@ def forward_body(
     """Runs one block forward; see the module."""
     take = Refs(refs)
     hs, span = kind.taken(take)
-    turns, slabs, c_first, ends, lengths = (take() for _ in range(5))
+    turns, weights, c_first, ends, lengths = (take() for _ in range(5))
     resets = take(cuts)
     hs = take() if kind.keep else hs
     c_last, h_last, before = take(), take(), take(kind.keep)
     block, flags = Block(cut, plain, *take.rest), make_flags()
-    of = Forward(span, slabs, lengths, resets, turns, hs, before)
+    of = Forward(span, None, lengths, resets, turns, hs, before)
     unit, flag = lax.axis_index("unit"), lax.axis_index("tile")
     units, members = pl.ds(unit * UNITS, UNITS), cut.size // UNITS
-    block.keep_weights(of.slab(unit))
+    block.keep_turned(weights, units)
 
     def tile(number: Any, end: Any, passed: Any) -> None:
         rows = pl.ds(number * cut.rows, cut.rows)

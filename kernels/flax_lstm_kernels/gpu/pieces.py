@@ -11,8 +11,9 @@ Which steps they are is an argument, so that all pieces run the same two program
 
 Where rows or units have to be filled up, hs is not what the caller gets, and of a few
 rows it would be many times that. Such sequences run in pieces that are alike, in a
-loop, whose inputs and outputs are copied; so does their training, forward and backward
-(`piece_steps`). Only a piece is then filled up.
+loop, each with planes and hs of its own, which is then copied; so does their training,
+forward and backward, whose inputs are copied too (`piece_steps`). Only a piece is then
+filled up.
 
 Axes     T time, B batch, H hidden size; N and P the same in whole tiles of the batch
          and whole groups of units; S planes.
@@ -35,7 +36,7 @@ LAST = 4
 LAST_BYTES = 4 << 20
 # Steps of a copied piece, where there are that many: at least so many, or a sixteenth
 # of all, and as many as have planes of so many bytes. By estimate, not measured, its
-# launches (about 5, in training 7) then take no more time than its steps.
+# launches (3, of few rows 5, in training 7) then take no more time than its steps.
 LEAST = 16
 PIECES = 16
 PROJECTED = 256 << 10

@@ -92,6 +92,12 @@ def weights_of_inputs(
     )
 
 
+def copies(inputs: Float[Array, "T B I"]) -> bool:
+    """Says whether `inputs_to_project` fills anything up."""
+    _, rows, inner = inputs.shape
+    return rows < EIGHT or inner < WIDTH
+
+
 def inputs_to_project(inputs: Float[Array, "T B I"]) -> Float[Array, "T K J"]:
     """Fills up to 8 rows and 32 inputs, where there are fewer; else copies nothing."""
     _, rows, inner = inputs.shape

@@ -8,7 +8,9 @@ Grid     One block per tile of `rows` rows; they never talk to each other. Time 
 Threads  One warpgroup per 64 units. It computes z^T `[64, rows]` of its four gates, so
          that all four of a unit meet in one thread.
 Resident The recurrent weights and two h (the one read, the one written) in shared
-         memory, c in registers.
+         memory, c in registers. Weights come as they lie, unit they go to last. wgmma
+         takes 16 bits so; tf32 it takes with that they come from last, so these are
+         turned in place, once.
 Step     wgmma on h starts; while it runs, the last step's results go out and later
          steps' gates come in; then the pointwise part, h to shared memory, a barrier.
 Barriers None but those written here: 3 of a warpgroup in a step, where Pallas'
@@ -42,6 +44,7 @@ from flax_lstm_kernels.gpu.common import (
     Registers,
     as_operand,
     meet,
+    multiplied_turned,
     step_forward,
     tiled,
 )
@@ -85,7 +88,7 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
         for k in range(groups):
             columns = pl.ds(k * UNITS, UNITS)
             plgpu.copy_gmem_to_smem(
-                weights_ref.at[n, units, columns], weights.at[group, n, k], ready
+                weights_ref.at[columns, n, units], weights.at[group, n, k], ready
             )
     plgpu.copy_gmem_to_smem(h_ref.at[rows, units], h_pair.at[0, group], ready)
     plgpu.copy_gmem_to_smem(c_ref.at[rows, units], c_tile.at[group], ready)
@@ -95,7 +98,11 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
     plgpu.barrier_wait(ready)
     c_first = registers.load(c_tile.at[group])
     h_first = registers.load(h_pair.at[0, group])
-    if h_pair.dtype == jnp.float32:
+    turned = multiplied_turned(h_pair.dtype)
+    if not turned:
+        for n in range(4):
+            for k in range(groups):
+                registers.turn(weights.at[group, n, k])
         registers.store(h_pair.at[0, group], as_operand(h_first, h_pair.dtype))
         plgpu.commit_smem()
     meet(step_done, groups)
@@ -141,7 +148,7 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
             slots = [z_slots.at[slot, group, n] for n in range(4)]
             return [registers.load(z, h_pair.dtype) for z in slots], fresh
 
-        recurrent, (z, fresh) = registers.sums(pairs, meanwhile)
+        recurrent, (z, fresh) = registers.sums(pairs, meanwhile, turned=turned)
         approximate = h_pair.dtype.itemsize == 2
         gates, c_start, (c, h) = step_forward(
             z, recurrent, c_old, fresh, approximate=approximate
@@ -200,8 +207,7 @@ def forward_pass(
     Args:
       source: The gates of all steps before activation, `[T, N, 4, P]`, from
         `projected`; or a `Piece`.
-      weights: In the computation dtype, from `weights_out_in`, and then as the kernel
-        reads them; see `ARRANGED` of `flax_lstm_kernels.gpu`.
+      weights: `[P, 4, P]` in the computation dtype, from `recurrent_weights`.
       c: `[N, P]` in float32.
       h: `[N, P]` in the computation dtype.
       lengths: int32 `[N]`.

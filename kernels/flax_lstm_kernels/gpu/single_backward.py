@@ -83,7 +83,7 @@ def body(*refs, plan: Plan, reverse: bool, cuts: bool, plain: bool):
         for m in range(groups):
             columns = pl.ds(m * UNITS, UNITS)
             plgpu.copy_gmem_to_smem(
-                weights_ref.at[n, units, columns], weights.at[group, n, m], arrives
+                weights_ref.at[units, n, columns], weights.at[group, n, m], arrives
             )
     for n, source in enumerate((d_c_ref, d_h_ref)):
         plgpu.copy_gmem_to_smem(source.at[rows, units], states.at[n, group], arrives)
@@ -93,8 +93,12 @@ def body(*refs, plan: Plan, reverse: bool, cuts: bool, plain: bool):
     zeros = jnp.zeros((UNITS, plan.rows), d_z_pair.dtype)
     for n in range(4):
         registers.store(d_z_pair.at[1, n, group], zeros)
-    plgpu.commit_smem()
     plgpu.barrier_wait(arrives)
+    if weights.dtype == jnp.float32:
+        for n in range(4):
+            for m in range(groups):
+                registers.round(weights.at[group, n, m])
+    plgpu.commit_smem()
     d_c_last = registers.load(states.at[0, group])
     d_h_last = registers.load(states.at[1, group])
     meet(step_done, groups)
@@ -213,7 +217,7 @@ def backward_pass(
       d_h: `[N, P]` in float32.
       gates: `[T, N, 4, P]` as `forward_pass` returned them.
       before: `[T, N, P]` as `forward_pass` returned it.
-      weights: `[4, P, P]` in the computation dtype, from `weights_in_out`.
+      weights: `[P, 4, P]` in the computation dtype, from `recurrent_weights`.
       lengths: int32 `[N]`.
       resets: `[T, N]`, or empty.
       reverse: As in the forward pass.

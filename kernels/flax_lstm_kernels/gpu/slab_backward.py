@@ -50,7 +50,7 @@ class Backward(NamedTuple):
       d_hs: `[T, rows, P]`.
       gates: `[T, rows, 4, P]`.
       before: `[T, rows, P]`.
-      weights: `[4, P, P]` (gate, unit it comes from, unit it goes to).
+      weights: `[P, 4, P]`, from `recurrent_weights`.
       lengths: `[rows]`.
       resets: `[T, rows]`, or None.
       turns: `[2, rows, 4, P]`, see the file's head.
@@ -71,7 +71,7 @@ class Backward(NamedTuple):
     def slab(self, unit: Any) -> Any:
         """Returns the weights of a block of units: those of its group, of one gate."""
         group, gate = lax.div(unit, GROUP), lax.rem(unit, GROUP)
-        return self.weights.at[gate, pl.ds(group * SLAB, SLAB), :]
+        return self.weights.at[pl.ds(group * SLAB, SLAB), gate, :]
 
     def arrived(self, block: Any, rows: Any, unit: Any, carry: Carry) -> Any:
         """Returns dh `[N, 16]`, when the group has multiplied."""

@@ -25,7 +25,8 @@ class Forward(NamedTuple):
     Attributes:
       span: The steps, and where their pre-activations lie, in the bits of the
         computation dtype; with what is kept the gates take their place.
-      slabs: `[4P, P]`, for each block of units its four gates (to, from).
+      slabs: `[4P, P]`, for each block of units its four gates (to, from); None where
+        the block keeps its own.
       lengths: `[rows]`.
       resets: `[T, rows]`, or None.
       turns: `[2, rows, P]`, see the file's head.
@@ -43,6 +44,8 @@ class Forward(NamedTuple):
 
     def slab(self, unit: Any) -> Any:
         """Returns the weights of a block of units."""
+        if self.slabs is None:
+            return None
         return self.slabs.at[pl.ds(unit * 4 * UNITS, 4 * UNITS), :]
 
     def step(

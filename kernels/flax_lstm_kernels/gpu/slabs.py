@@ -8,6 +8,8 @@ operand, which all blocks need and each makes a part of, passes through it in an
 Axes     N rows of the tile, P hidden size in 64s; 64 = 4 gates of 16 units, or units.
 Ring     Chunks `[N, chunk]` of the operand, and `[64, chunk]` of a streamed slab, in
          `stages` slots, each with its barrier.
+Weights  Of `step`, as the slabs are. Those that stay are read as they lie, `[P, 4, P]`:
+         backward a slab is rows of it, forward it is turned in registers.
 Turn     wgmma gives `[64, N]`; the block works on `[N, 16]`, as memory lies. The sums
          are turned in shared memory.
 """
@@ -20,17 +22,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.common import plain_product, tiled, widened
+from flax_lstm_kernels.gpu.common import (
+    Registers,
+    plain_product,
+    tiled,
+    widened,
+)
 from flax_lstm_kernels.gpu.plan import PADDED, SLAB_UNITS, chunk_of
 
 UNITS, SLAB = SLAB_UNITS, 4 * SLAB_UNITS
-
-
-def slabs_out_in(weights: Any) -> Any:
-    """Puts the gates of each 16 units together: `[4, P, P]` becomes `[4P, P]`."""
-    gates, size, _ = weights.shape
-    apart = weights.reshape(gates, size // UNITS, UNITS, size)
-    return apart.swapaxes(0, 1).reshape(gates * size, size)
 
 
 class Cut(NamedTuple):
@@ -110,19 +110,46 @@ class Block(NamedTuple):
 
     def keep_weights(self, slab: Any) -> None:
         """Fetches the slab `[64, P]` to stay."""
+        registers = Registers(self.plain)
         for k in range(self.cut.chunks):
             columns = pl.ds(k * self.cut.chunk, self.cut.chunk)
             plgpu.copy_gmem_to_smem(
                 slab.at[:, columns], self.weights.at[k], self.weights_here
             )
         plgpu.barrier_wait(self.weights_here)
+        if self.weights.dtype == jnp.float32:
+            lax.fori_loop(
+                0,
+                self.cut.chunks,
+                lambda k, nothing: registers.round(self.weights.at[k]),
+                None,
+            )
+            plgpu.commit_smem()
+
+    def keep_turned(self, weights: Any, units: Any) -> None:
+        """Fetches the slab of a block's units to stay, of weights `[P, 4, P]`."""
+        registers = Registers(self.plain)
+
+        def some(k: Any, nothing: None) -> None:
+            pairs = [
+                (
+                    weights.at[pl.ds(k * self.cut.chunk + first, SLAB), n, units],
+                    self.weights.at[k, pl.ds(n * UNITS, UNITS), pl.ds(first, SLAB)],
+                )
+                for first in range(0, self.cut.chunk, SLAB)
+                for n in range(4)
+            ]
+            registers.bring_turned(pairs)
+
+        lax.fori_loop(0, self.cut.chunks, some, None)
+        plgpu.commit_smem()
 
     def product(self, operand: Any, slab: Any) -> Any:
         """Returns `slab @ operand^T` as `[64, N]`.
 
         Args:
           operand: `[N, P]` in global memory.
-          slab: `[64, P]` in global memory; not looked at where it stays.
+          slab: `[64, P]` in global memory; None where it stays.
         """
         chunk, chunks, stages = self.cut.chunk, self.cut.chunks, self.cut.stages
 

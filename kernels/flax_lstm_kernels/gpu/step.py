@@ -34,6 +34,13 @@ from flax_lstm_kernels.gpu.source import Kind, forward_results, opened
 NONE = Launches()
 
 
+def slabs_out_in(weights: Any) -> Any:
+    """Puts the gates of each 16 units together: `[P, 4, P]` becomes `[4P, P]`."""
+    size = len(weights)
+    apart = as_operand(weights, weights.dtype).reshape(size, 4, size // UNITS, UNITS)
+    return apart.transpose(2, 1, 3, 0).reshape(4 * size, size)
+
+
 def forward_body(*refs: Any, cut: Cut, kind: Kind, cuts: bool, plain: bool) -> None:
     """Runs one block of one step forward; see the module."""
     take = Refs(refs)
@@ -150,7 +157,10 @@ def forward_pass(
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
-    """Runs the kernel forward; arguments and results as `single.forward_pass`."""
+    """Runs the kernel forward; arguments and results as `single.forward_pass`.
+
+    But the weights: they are from `slabs_out_in`.
+    """
     (filled, size), dtype, kind = c.shape, weights.dtype, Kind.of(source)
     first, steps = (0, len(source)) if kind.keep else (source.now[0], source.count)
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=False)
@@ -194,6 +204,7 @@ def backward_pass(
     """Runs the kernel backward; arguments and results as `single.backward_pass`."""
     steps, filled, _, size = gates.shape
     dtype = weights.dtype
+    weights = as_operand(weights, dtype)
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=False)
     ends = tile_ends(lengths, plan.rows)
     given = [d_hs, gates, before, weights, ends, *masks(lengths, resets)]
