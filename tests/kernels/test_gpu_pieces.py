@@ -229,23 +229,23 @@ def short_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "rows", "size", "hidden", "reverse"),
+    ("kernel", "rows", "size", "hidden", "reverse", "dtype"),
     [
-        ("single", 8, 2, 64, False),
-        ("single", 8, 2, 64, True),
-        ("step", 8, 2, 64, False),
-        ("single", 9, 2, 7, True),
-        ("single", 9, 35, 7, True),
-        ("step", 3, 2, 7, False),
+        ("single", 8, 2, 64, False, "float32"),
+        ("single", 8, 2, 64, True, "float32"),
+        ("step", 8, 2, 64, False, "float32"),
+        ("single", 9, 2, 7, True, "float32"),
+        ("single", 9, 35, 7, True, "bfloat16"),
+        ("step", 3, 2, 7, False, "float32"),
     ],
 )
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.kernels("interpreted")
 def test_a_sequence_in_pieces_has_the_values_of_numpy(
-    kernel, rows, size, hidden, reverse
+    kernel, rows, size, hidden, reverse, dtype
 ):
     """Of whole tiles in place, of others in copies."""
-    given = problem((7, rows, size, hidden), "float32")
+    given = problem((7, rows, size, hidden), dtype)
     got = run(given, Plan(kernel, 8, 2), reverse=reverse, keep=False)
     x, kernel, recurrent, bias, c, h, lengths, resets = given.arguments
     want = reference.lstm(
@@ -258,7 +258,7 @@ def test_a_sequence_in_pieces_has_the_values_of_numpy(
         keep_order=True,
     )
     for value, true in zip(got.values[:3], (want.outputs, want.c, want.h), strict=True):
-        assert reference.error(value, true) < BARS["float32"][0]
+        assert reference.error(value, true) < BARS[dtype][0]
     assert not got.raced
 
 

@@ -39,6 +39,7 @@ NAN_FILLED = compat.InterpretGPUParams(uninitialized_memory="nan")
     [
         ((3, 3, 2, 60), 8, 1, False, "float32"),
         ((3, 16, 2, 7), 16, 1, True, "bfloat16"),
+        ((2, 3, 2, 70), 8, 1, False, "bfloat16"),  # a chunk of 128
     ],
 )
 @pytest.mark.kernels("interpreted")
