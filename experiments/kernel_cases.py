@@ -179,14 +179,14 @@ def projection(
     import jax
     import jax.numpy as jnp
     from flax_lstm_kernels import compat
-    from flax_lstm_kernels.gpu import project
+    from flax_lstm_kernels.gpu import project, project_operands
     from flax_lstm_kernels.gpu.arrange import UNITS, up
 
     size = up(case.H, UNITS)
 
     def run(x: Any, kernel: Any, bias: Any, planes: Any, now: Any) -> Any:
         ref = compat.in_place(planes)
-        weights = project.weights_of_inputs(kernel, bias, size, x.dtype)
+        weights = project_operands.weights_of_inputs(kernel, bias, size, x.dtype)
         project.project(x, weights, ref, now, size=size)
         return jax.freeze(ref)
 

@@ -29,7 +29,7 @@ for shape in MORE[target]:
     # A few steps of it: the compiler takes long over a scan's.
     asked += [((32, *shape[1:]), "gradient", 0)]
 for shape in ABOVE.get(target, ())[:1]:
-    asked += [((64, *shape[1:]), "gradient", 0)]
+    asked += [((128, *shape[1:]), "gradient", 0)]
     weights = 4 * shape[-1] ** 2 * 2 / 2**20
     asked += [(shape, "forward", weights + 2.5)]  # and a piece, filled up
 for shape, mode, above in asked:

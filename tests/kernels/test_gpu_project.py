@@ -13,6 +13,7 @@ from flax_lstm_kernels import compat
 from flax_lstm_kernels.gpu import project
 from flax_lstm_kernels.gpu.common import as_operand
 from flax_lstm_kernels.gpu.project import Cut
+from flax_lstm_kernels.gpu.project_operands import inputs_to_project, weights_of_inputs
 from reference import f64
 
 pytestmark = pytest.mark.kernels
@@ -43,7 +44,7 @@ def given(dtype, shape):
 
 def run(x, kernel, bias, planes, now, *, size, interpret=None):
     ref = compat.in_place(planes)
-    weights = project.weights_of_inputs(kernel, bias, size, x.dtype)
+    weights = weights_of_inputs(kernel, bias, size, x.dtype)
     project.project(x, weights, ref, now, size=size, interpret=interpret)
     return jax.freeze(ref)
 
@@ -122,8 +123,8 @@ def test_pieces_in_a_loop_of_xla_are_one_kernel():
 
     def all_steps(x, kernel, bias):
         ref = compat.in_place(jnp.zeros((20, 16, 64), x.dtype))
-        weights = project.weights_of_inputs(kernel, bias, 64, x.dtype)
-        x = project.inputs_to_project(x)
+        weights = weights_of_inputs(kernel, bias, 64, x.dtype)
+        x = inputs_to_project(x)
 
         def piece(n, nothing):
             now = jnp.stack([2 * n, jnp.minimum(2, 5 - 2 * n), 8 * n])

@@ -38,9 +38,9 @@ from flax_lstm_kernels.gpu.arrange import (
     recurrent_weights,
     wide_weights,
 )
-from flax_lstm_kernels.gpu.pieces import in_pieces, nothing, piece_steps
+from flax_lstm_kernels.gpu.pieces import in_filled_pieces, in_pieces, piece_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
-from flax_lstm_kernels.gpu.source import Piece
+from flax_lstm_kernels.gpu.project_operands import weights_of_inputs
 
 __all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
 
@@ -128,56 +128,21 @@ def forward(
     gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
     before = jnp.zeros((0, 0, hidden), jnp.float32)
     if not keep:
-        weights_of_inputs = project.weights_of_inputs(kernel, bias, size, dtype)
+        of_inputs = weights_of_inputs(kernel, bias, size, dtype)
 
         @jax.jit
         def to_planes(inputs: Array, planes: Any, now: Array) -> None:
             project.project(
-                inputs, weights_of_inputs, planes, now, size=size, interpret=interpret
+                inputs, of_inputs, planes, now, size=size, interpret=interpret
             )
 
         # Traced once for all pieces, but for `step`, where each is a loop of its own.
         of_piece = run if plan.kernel == "step" else jax.jit(run)
-
-        def whole_tiles() -> tuple[Array, ...]:
-            return in_pieces(
-                partial(to_planes, inputs),
-                lambda piece, c, h: of_piece(piece, c, h, lengths, resets),
-                c,
-                h,
-                steps,
-                reverse=reverse,
-            )
-
-        def filled_up() -> tuple[Array, ...]:
-            def of_steps(sequences: Any, state: Any, *masks: Array) -> Any:
-                x, numbers = sequences
-                count = len(numbers)
-                now = jnp.array([0, count, 0], jnp.int32)
-                piece = Piece(nothing(count, h), nothing(4 * count, h), now, count)
-                if project.copies(inputs):
-                    to_planes(x, piece.planes, now)
-                else:
-                    to_planes(inputs, piece.planes, now.at[0].set(numbers[0]))
-                state = of_piece(piece, *state, *masks)
-                return (jax.freeze(piece.hs)[:, :rows, :hidden],), state
-
-            (hs,), (c_last, h_last) = in_copies(
-                of_steps,
-                (inputs, jnp.arange(steps, dtype=jnp.int32)),
-                (c, h),
-                lengths,
-                resets,
-                results=[jax.ShapeDtypeStruct((steps, rows, hidden), dtype)],
-                size=piece_steps(
-                    steps, given, (filled, size), dtype.itemsize, keep=keep
-                ),
-                reverse=reverse,
-            )
-            return hs, c_last[:rows, :hidden], h_last[:rows, :hidden]
-
-        found = whole_tiles() if given == (filled, size) else filled_up()
-        return *found, gates, before
+        in_order = in_pieces if given == (filled, size) else in_filled_pieces
+        hs, c, h = in_order(
+            to_planes, of_piece, inputs, c, h, lengths, resets, given, reverse=reverse
+        )
+        return hs, c[:rows, :hidden], h[:rows, :hidden], gates, before
     of_inputs = wide_weights(kernel, bias, size, dtype)
 
     def of_steps(sequences: Any, state: Any, *masks: Array) -> Any:

@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 
 from flax_lstm_kernels import compat
+from flax_lstm_kernels.copied import in_copies
+from flax_lstm_kernels.gpu.project_operands import copies
 from flax_lstm_kernels.gpu.source import Piece
 
 # Steps whose planes have a memory of their own: so many, or what takes so many bytes.
@@ -92,35 +94,88 @@ def nothing(steps: int, like: Array) -> Any:
 
 
 def in_pieces(
-    project: Callable[[Any, Array], None],
-    run: Callable[[Piece, Array, Array], tuple[Array, ...]],
+    project: Callable[[Array, Any, Array], None],
+    run: Callable[..., tuple[Array, ...]],
+    inputs: Float[Array, "T N I"],
     c: Float[Array, "N P"],
     h: Float[Array, "N P"],
-    steps: int,
+    lengths: Int[Array, " N"],
+    resets: Shaped[Array, "T N"] | Shaped[Array, "0 0"],
+    given: tuple[int, int],
     *,
     reverse: bool,
 ) -> tuple[Array, Array, Array]:
     """Projects and runs piece by piece, the state going from one to the next.
 
     Args:
-      project: Called with a reference to the planes and `Piece.now`.
-      run: Called with a piece and the state; returns `(c, h)`.
+      project: Called with inputs, a reference to the planes and `Piece.now`.
+      run: Called with a piece, the state, lengths and resets; returns `(c, h)`.
+      inputs: Of all steps.
       c: Cell before the first step.
       h: Output before the first step, in the computation dtype.
-      steps: T.
+      lengths: 0 to T.
+      resets: Of all steps, or empty.
+      given: B and H; here they are N and P.
       reverse: The last steps come first.
 
     Returns:
-      `(hs [T, N, P], c, h)`.
+      `(hs [T, B, H], c, h)`.
     """
+    assert h.shape == given
+    steps = len(inputs)
     last = min(steps, last_steps(h.size * h.dtype.itemsize))
     hs, apart = nothing(steps, h), nothing(4 * last, h)
     for cut in cuts(steps, last, reverse=reverse):
         now = jnp.array([cut.first, cut.count, cut.plane], jnp.int32)
-        project(apart if cut.apart else hs, now)
+        project(inputs, apart if cut.apart else hs, now)
         piece = Piece(hs, apart if cut.apart else None, now, cut.count)
-        c, h = run(piece, c, h)
+        c, h = run(piece, c, h, lengths, resets)
     return jax.freeze(hs), c, h
+
+
+def in_filled_pieces(
+    project: Callable[[Array, Any, Array], None],
+    run: Callable[..., tuple[Array, ...]],
+    inputs: Float[Array, "T B I"],
+    c: Float[Array, "N P"],
+    h: Float[Array, "N P"],
+    lengths: Int[Array, " N"],
+    resets: Shaped[Array, "T B"] | Shaped[Array, "0 0"],
+    given: tuple[int, int],
+    *,
+    reverse: bool,
+) -> tuple[Array, Array, Array]:
+    """Does what `in_pieces` does where B and H, `given`, are filled up to N and P.
+
+    The pieces are alike, each with planes and hs of its own. Inputs are read where they
+    are, but for what `project` would have to fill up.
+    """
+    steps, (rows, hidden) = len(inputs), given
+
+    def of_steps(sequences: Any, state: Any, *masks: Array) -> Any:
+        some, numbers = sequences
+        count = len(numbers)
+        now = jnp.array([0, count, 0], jnp.int32)
+        piece = Piece(nothing(count, h), nothing(4 * count, h), now, count)
+        if copies(inputs):
+            project(some, piece.planes, now)
+        else:
+            project(inputs, piece.planes, now.at[0].set(numbers[0]))
+        state = run(piece, *state, *masks)
+        return (jax.freeze(piece.hs)[:, :rows, :hidden],), state
+
+    itemsize = h.dtype.itemsize
+    (hs,), state = in_copies(
+        of_steps,
+        (inputs, jnp.arange(steps, dtype=jnp.int32)),
+        (c, h),
+        lengths,
+        resets,
+        results=[jax.ShapeDtypeStruct((steps, *given), h.dtype)],
+        size=piece_steps(steps, given, h.shape, itemsize, keep=False),
+        reverse=reverse,
+    )
+    return hs, *state
 
 
 def piece_steps(

@@ -16,7 +16,9 @@ Chunks   Of 32 inputs. The last ends at the last input; what the one before has 
 Inputs   Go through registers, to be rounded to tf32, and as TMA wants rows of whole
          16 bytes; by loads no wider than what divides a row. `AHEAD` chunks are
          on their way while a product runs.
-Weights  Come by TMA, `STAGES` chunks of four gates in a ring that goes on over tiles.
+Weights  Come by TMA, `STAGES` chunks of four gates in a ring that goes on over tiles:
+         of 16 bits as they lie, which wgmma takes turned; of tf32, which it does not
+         take so, from a copy with the inputs last.
 Barriers One a chunk, `commit_smem`, and one a tile. A thread reaches that of a chunk
          when its products of two chunks before are done (`wgmma_wait`): so after it the
          weights of two before may be overwritten, and those inputs before the next one
@@ -36,82 +38,28 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import UNITS, fill, gates_apart, up
+from flax_lstm_kernels.gpu.arrange import UNITS, up
 from flax_lstm_kernels.gpu.cluster_tiles import WIDTH, tiles
 from flax_lstm_kernels.gpu.common import (
     Registers,
     as_operand,
+    multiplied_turned,
     plain_product,
     tiled,
 )
 from flax_lstm_kernels.gpu.plan import BLOCKS
+from flax_lstm_kernels.gpu.project_operands import (
+    EIGHT,
+    GATES,
+    Weights,
+    cut_inputs,
+    inputs_to_project,
+)
 
-GATES = 4
-EIGHT = 8  # the least rows of a matrix instruction, in which they also come
 MOST_ROWS = 64  # of a tile: of four gates its sums are 128 registers
 STAGES = 4  # chunks of weights
 TURNS = 3  # chunks of inputs in shared memory
 AHEAD = 2  # chunks of inputs in registers
-
-
-class Weights(NamedTuple):
-    """Weights of the inputs as the kernel reads them.
-
-    Attributes:
-      kernel: `[P / 64, chunks, 4, 64, 32]`, as operands.
-      bias: `[P / 64, 4, 64]` in float32.
-    """
-
-    kernel: Array
-    bias: Array
-
-
-def weights_of_inputs(
-    kernel: Float[Array, "I G"], bias: Float[Array, " G"], size: int, dtype: Any
-) -> Weights:
-    """Arranges the weights by group of units and chunk of inputs.
-
-    Args:
-      kernel: Weights of the inputs.
-      bias: Bias.
-      size: P; units are filled up with zeros.
-      dtype: Computation dtype.
-    """
-    wide = gates_apart(as_operand(kernel, dtype), size)
-    wide = fill(wide, 0, max(WIDTH, wide.shape[0]))
-    inner = wide.shape[0]
-    chunks, shared = cut_inputs(inner)
-    new = inner - WIDTH + shared  # where the last chunk goes on
-    nothing = jnp.zeros((shared, *wide.shape[1:]), wide.dtype)
-    wide = jnp.concatenate([wide[:new], nothing, wide[new:]])
-    apart = wide.reshape(chunks, WIDTH, GATES, size // UNITS, UNITS)
-    bias = gates_apart(bias.astype(jnp.float32), size)
-    return Weights(
-        apart.transpose(3, 0, 2, 4, 1),
-        bias.reshape(GATES, size // UNITS, UNITS).swapaxes(0, 1),
-    )
-
-
-def copies(inputs: Float[Array, "T B I"]) -> bool:
-    """Says whether `inputs_to_project` fills anything up."""
-    _, rows, inner = inputs.shape
-    return rows < EIGHT or inner < WIDTH
-
-
-def inputs_to_project(inputs: Float[Array, "T B I"]) -> Float[Array, "T K J"]:
-    """Fills up to 8 rows and 32 inputs, where there are fewer; else copies nothing."""
-    _, rows, inner = inputs.shape
-    return fill(fill(inputs, 1, max(rows, EIGHT)), 2, max(inner, WIDTH))
-
-
-def cut_inputs(inner: int) -> tuple[int, int]:
-    """Returns the number of chunks, and how many inputs the last two have both.
-
-    >>> cut_inputs(300), cut_inputs(32)
-    ((10, 20), (1, 0))
-    """
-    chunks = -(-inner // WIDTH)
-    return chunks, chunks * WIDTH - inner
 
 
 class Cut(NamedTuple):
@@ -215,6 +163,11 @@ class Block(NamedTuple):
         )
         return lax.div(number, of_step), pl.ds(row, self.cut.rows)
 
+    @property
+    def turned(self) -> bool:
+        """Says whether weights are in shared memory as they lie."""
+        return multiplied_turned(self.stages.dtype)
+
     def given(self, m: Any, chunk: Any) -> Any:
         """Loads a chunk of the inputs of the m-th tile."""
         step, rows = self.place(m)
@@ -251,12 +204,17 @@ class Block(NamedTuple):
 
         def fetch(count: Any, nothing: None = None) -> None:
             """Asks for weights; counts chunks of all tiles."""
-            slot = lax.rem(count, STAGES)
-            plgpu.copy_gmem_to_smem(
-                self.kernel.at[self.group, lax.rem(count, chunks)],
-                self.stages.at[slot],
-                self.arrived.at[slot],
-            )
+            slot, chunk = lax.rem(count, STAGES), lax.rem(count, chunks)
+            arrived = self.arrived.at[slot]
+            if not self.turned:
+                place = self.kernel.at[chunk, self.group]
+                plgpu.copy_gmem_to_smem(place, self.stages.at[slot], arrived)
+                return
+            rows = pl.ds(chunk * WIDTH, WIDTH)
+            units = pl.ds(self.group * UNITS, UNITS)
+            for n in range(GATES):
+                place = self.kernel.at[rows, n, units]
+                plgpu.copy_gmem_to_smem(place, self.stages.at[slot, n], arrived)
 
         def given(count: Any) -> Any:
             """Loads a chunk of the inputs; of those that there are not, the last."""
@@ -280,10 +238,13 @@ class Block(NamedTuple):
             gates = range(GATES)
             if self.registers.plain:
 
+                def turned(weights: Any) -> Any:
+                    return weights.T if self.turned else weights
+
                 def add(k: Any, carry: Any) -> Any:
                     def products(weights: Any, tile: Any) -> Any:
                         return tuple(
-                            carry[1][n] + plain_product(weights[n], tile[...])
+                            carry[1][n] + plain_product(turned(weights[n]), tile[...])
                             for n in gates
                         )
 
@@ -295,7 +256,9 @@ class Block(NamedTuple):
             def accumulate(*totals: Any) -> Any:
                 def products(weights: Any, tile: Any) -> None:
                     for n in gates:
-                        plgpu.wgmma(totals[n], weights.at[n], compat.transposed(tile))
+                        of_gate = weights.at[n]
+                        of_gate = compat.transposed(of_gate) if self.turned else of_gate
+                        plgpu.wgmma(totals[n], of_gate, compat.transposed(tile))
 
                 def add(k: Any, ahead: Any) -> Any:
                     ahead, _ = multiply(ahead, m, k, products)
@@ -362,6 +325,7 @@ def project(
     inputs = inputs_to_project(inputs)
     steps, batch, inner = inputs.shape
     dtype, groups = inputs.dtype, size // UNITS
+    turned = multiplied_turned(dtype)
     cut = Cut.of(batch, inner, dtype.itemsize)
     # Of 16 bits, a multiprocessor has room for two.
     at_once = BLOCKS * (2 if dtype.itemsize == 2 else 1)
@@ -371,9 +335,11 @@ def project(
         out_type=[],
         scratch_types=[
             tiles((TURNS, cut.rows, WIDTH), dtype),
-            tiles((STAGES, GATES, UNITS, WIDTH), dtype),
+            tiles(
+                (STAGES, GATES, *((WIDTH, UNITS) if turned else (UNITS, WIDTH))), dtype
+            ),
             tiled((GATES, cut.rows, UNITS), dtype),
-            plgpu.Barrier(num_arrivals=1, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=GATES if turned else 1, num_barriers=STAGES),
         ],
         interpret=interpret,
         name="flax_lstm_project",

@@ -1,0 +1,81 @@
+"""Weights and inputs in the form in which `project` reads them.
+
+Axes     T time, B batch, I input size, G = 4H in gate order i f g o, P hidden size in
+         whole 64s.
+Chunks   Of 32 inputs. The last ends at the last input; for what the one before has had
+         of it the weights are 0.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flax_lstm_kernels.gpu.arrange import UNITS, fill, gates_apart
+from flax_lstm_kernels.gpu.cluster_tiles import WIDTH
+from flax_lstm_kernels.gpu.common import as_operand, multiplied_turned
+
+GATES = 4
+EIGHT = 8  # the least rows of a matrix instruction, in which they also come
+
+
+class Weights(NamedTuple):
+    """Weights of the inputs as the kernel reads them.
+
+    Attributes:
+      kernel: As operands, of chunks of 32 inputs: `[chunks, P / 64, 4, 64, 32]`; of 16
+        bits `[32 chunks, 4, P]`.
+      bias: `[P / 64, 4, 64]` in float32.
+    """
+
+    kernel: Array
+    bias: Array
+
+
+def weights_of_inputs(
+    kernel: Float[Array, "I G"], bias: Float[Array, " G"], size: int, dtype: Any
+) -> Weights:
+    """Arranges the weights; copies none of 16 bits in whole chunks and groups.
+
+    Args:
+      kernel: Weights of the inputs.
+      bias: Bias.
+      size: P; units are filled up with zeros.
+      dtype: Computation dtype.
+    """
+    bias = gates_apart(bias.astype(jnp.float32), size)
+    bias = bias.reshape(GATES, size // UNITS, UNITS).swapaxes(0, 1)
+    wide = gates_apart(as_operand(kernel, dtype), size)
+    wide = fill(wide, 0, max(WIDTH, wide.shape[0]))
+    inner = wide.shape[0]
+    chunks, shared = cut_inputs(inner)
+    if shared:
+        new = inner - WIDTH + shared  # where the last chunk goes on
+        nothing = jnp.zeros((shared, *wide.shape[1:]), wide.dtype)
+        wide = jnp.concatenate([wide[:new], nothing, wide[new:]])
+    if multiplied_turned(dtype):
+        return Weights(wide, bias)
+    apart = wide.reshape(chunks, WIDTH, GATES, size // UNITS, UNITS)
+    return Weights(apart.transpose(0, 3, 2, 4, 1), bias)
+
+
+def copies(inputs: Float[Array, "T B I"]) -> bool:
+    """Says whether `inputs_to_project` fills anything up."""
+    _, rows, inner = inputs.shape
+    return rows < EIGHT or inner < WIDTH
+
+
+def inputs_to_project(inputs: Float[Array, "T B I"]) -> Float[Array, "T K J"]:
+    """Fills up to 8 rows and 32 inputs, where there are fewer; else copies nothing."""
+    _, rows, inner = inputs.shape
+    return fill(fill(inputs, 1, max(rows, EIGHT)), 2, max(inner, WIDTH))
+
+
+def cut_inputs(inner: int) -> tuple[int, int]:
+    """Returns the number of chunks, and how many inputs the last two have both.
+
+    >>> cut_inputs(300), cut_inputs(32)
+    ((10, 20), (1, 0))
+    """
+    chunks = -(-inner // WIDTH)
+    return chunks, chunks * WIDTH - inner
