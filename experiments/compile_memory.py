@@ -42,9 +42,8 @@ MORE = {
     "v5e": ((244, 256, 128, 64), (1024, 4, 256, 256)),
     "h100": ((244, 256, 128, 64),),
 }
-# Where inference takes more than the scan. One row: the weights, which it has once more
-# in another order, are most of it. Rows of no whole tile, units of no whole 64, both:
-# they are filled up, in pieces of time.
+# Where inference takes more than the scan: one row, rows of no whole tile, units of no
+# whole 64, and both. They are filled up, in pieces of time.
 ABOVE = {
     "h100": (
         (2048, 1, 1024, 1024),
