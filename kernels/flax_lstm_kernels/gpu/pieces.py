@@ -165,7 +165,7 @@ def in_filled_pieces(
         return (jax.freeze(piece.hs)[:, :rows, :hidden],), state
 
     itemsize = h.dtype.itemsize
-    (hs,), state = in_copies(
+    (hs,), (c_last, h_last) = in_copies(
         of_steps,
         (inputs, jnp.arange(steps, dtype=jnp.int32)),
         (c, h),
@@ -175,7 +175,7 @@ def in_filled_pieces(
         size=piece_steps(steps, given, h.shape, itemsize, keep=False),
         reverse=reverse,
     )
-    return hs, *state
+    return hs, c_last, h_last
 
 
 def piece_steps(
