@@ -38,6 +38,7 @@ from flax_lstm_kernels.gpu.arrange import (
     recurrent_weights,
     wide_weights,
 )
+from flax_lstm_kernels.gpu.common import as_operand
 from flax_lstm_kernels.gpu.pieces import in_filled_pieces, in_pieces, piece_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 from flax_lstm_kernels.gpu.project_operands import weights_of_inputs
@@ -125,8 +126,6 @@ def forward(
 
     c = fill(fill(c.astype(jnp.float32), 0, filled), 1, size)
     h = fill(fill(h.astype(dtype), 0, filled), 1, size)
-    gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
-    before = jnp.zeros((0, 0, hidden), jnp.float32)
     if not keep:
         of_inputs = weights_of_inputs(kernel, bias, size, dtype)
 
@@ -142,6 +141,8 @@ def forward(
         hs, c, h = in_order(
             to_planes, of_piece, inputs, c, h, lengths, resets, given, reverse=reverse
         )
+        gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
+        before = jnp.zeros((0, 0, hidden), jnp.float32)
         return hs, c[:rows, :hidden], h[:rows, :hidden], gates, before
     of_inputs = wide_weights(kernel, bias, size, dtype)
 
@@ -157,8 +158,8 @@ def forward(
         return (hs[:, :rows, :hidden], gates, before[:, :rows, :hidden]), (c, h)
 
     of_sequence = partial(jax.ShapeDtypeStruct, (steps, rows, hidden))
-    of_gates = jax.ShapeDtypeStruct((steps, rows, 4 * hidden), gates.dtype)
-    results = [of_sequence(dtype), of_gates, of_sequence(before.dtype)]
+    of_gates = jax.ShapeDtypeStruct((steps, rows, 4 * hidden), kept_dtype(dtype))
+    results = [of_sequence(dtype), of_gates, of_sequence(jnp.float32)]
     (hs, gates, before), (c, h) = in_copies(
         of_steps,
         (inputs,),
@@ -215,6 +216,8 @@ def backward(
         plan = choose(sizes._replace(resets=bool(resets.size)))
     given, (filled, size) = (rows, hidden), plan.filled(rows, hidden)
     weights = recurrent_weights(recurrent_kernel, size)
+    if plan.kernel == "step":
+        weights = as_operand(weights, dtype)  # once; others do where they stay
 
     def tiles(array: Array, axis: int) -> Array:
         return fill(fill(array, axis, filled), -1, size)

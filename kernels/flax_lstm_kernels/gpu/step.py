@@ -201,10 +201,12 @@ def backward_pass(
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
-    """Runs the kernel backward; arguments and results as `single.backward_pass`."""
+    """Runs the kernel backward; arguments and results as `single.backward_pass`.
+
+    But the weights: they are operands.
+    """
     steps, filled, _, size = gates.shape
     dtype = weights.dtype
-    weights = as_operand(weights, dtype)
     cut = Cut(plan.rows, size, dtype, plan.stages, resident=False)
     ends = tile_ends(lengths, plan.rows)
     given = [d_hs, gates, before, weights, ends, *masks(lengths, resets)]
