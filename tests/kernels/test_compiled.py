@@ -24,8 +24,10 @@ from compile_memory import ABOVE, MORE, SHAPES, TARGETS, planned
 target, lengths = sys.argv[1], sys.argv[2] == "lengths"
 place = TARGETS[target][0].sharding(target)
 asked = [(SHAPES[0], "forward", 0)]
-# The projection of the last steps, on an H100; weights once more would be 1 MiB.
-asked += [(SHAPES[2], "forward", 0.1)]
+_, rows, _, hidden = SHAPES[2]
+# The projection of the last four steps, on an H100: four planes each. Weights once more
+# would be 1 MiB.
+asked += [(SHAPES[2], "forward", 4 * 4 * rows * hidden * 2 / 2**20)]
 for shape in MORE[target]:
     asked += [(shape, "forward", 0)]
     # A few steps of it: the compiler takes long over a scan's.
