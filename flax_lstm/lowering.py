@@ -186,10 +186,11 @@ def accelerator_transposed(
     d_x = jnp.zeros((0, 0, 0), dtype)
     if of_inputs:
         d_x = product("tbg,ig->tbi", operand, kernel.astype(dtype)).astype(dtype)
-    if platform == "gpu" and x.size < kernel.size:
-        # First: of so few rows XLA cuts up the sum over gates, and has the parts, each
-        # as large as d_x, in float32. They are then where later results will be.
-        operand, d_x = lax.optimization_barrier((operand, d_x))
+        if platform == "gpu" and x.size < kernel.size:
+            # First: of so few rows XLA cuts up the sum over gates, and has the parts,
+            # each as large as d_x, in float32. They are then where later results will
+            # be. Of more rows it would only fill up the operand once more.
+            operand, d_x = lax.optimization_barrier((operand, d_x))
     d_kernel = product("tbi,tbg->ig", x, operand).astype(kernel.dtype)
     if platform == "gpu":
         # Else XLA makes one product of both: it copies x and h side by side, and has

@@ -25,16 +25,19 @@ target, lengths = sys.argv[1], sys.argv[2] == "lengths"
 place = TARGETS[target][0].sharding(target)
 asked = [(SHAPES[0], "forward", 0)]
 _, rows, _, hidden = SHAPES[2]
-# The projection of the last four steps, on an H100: four planes each. Weights once more
-# would be 1 MiB.
-asked += [(SHAPES[2], "forward", 4 * 4 * rows * hidden * 2 / 2**20)]
+# An H100 projects the last four steps apart, four planes each. Weights once more would
+# be 1 MiB.
+planes = 4 * 4 * rows * hidden * 2 / 2**20
+asked += [(SHAPES[2], "forward", planes if target == "h100" else 0)]
 for shape in MORE[target]:
     asked += [(shape, "forward", 0)]
     # A few steps of it: the compiler takes long over a scan's.
     asked += [((32, *shape[1:]), "gradient", 0)]
 for shape in ABOVE.get(target, ())[:1]:
     asked += [((128, *shape[1:]), "gradient", 0)]
-    asked += [(shape, "forward", 1.75)]  # a piece, filled up
+    # A piece filled up: inputs, four planes and hs of 16 steps of 8 rows, and states.
+    piece = (1 + 4 + 1) * 16 * 8 * shape[-1] * 2 / 2**20
+    asked += [(shape, "forward", piece + 0.25)]
 for shape, mode, above in asked:
     peaks = [
         planned(target, shape, name, mode, place, lengths).peak_memory_in_bytes / 2**20

@@ -39,7 +39,7 @@ from flax_lstm_kernels.gpu.arrange import (
     wide_weights,
 )
 from flax_lstm_kernels.gpu.common import as_operand
-from flax_lstm_kernels.gpu.pieces import in_filled_pieces, in_pieces, piece_steps
+from flax_lstm_kernels.gpu.pieces import in_pieces, piece_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 from flax_lstm_kernels.gpu.project_operands import weights_of_inputs
 
@@ -137,9 +137,8 @@ def forward(
 
         # Traced once for all pieces, but for `step`, where each is a loop of its own.
         of_piece = run if plan.kernel == "step" else jax.jit(run)
-        in_order = in_pieces if given == (filled, size) else in_filled_pieces
-        hs, c, h = in_order(
-            to_planes, of_piece, inputs, c, h, lengths, resets, given, reverse=reverse
+        hs, c, h = in_pieces(
+            to_planes, of_piece, inputs, c, h, lengths, resets, hidden, reverse=reverse
         )
         gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
         before = jnp.zeros((0, 0, hidden), jnp.float32)

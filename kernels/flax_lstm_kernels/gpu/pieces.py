@@ -96,12 +96,12 @@ def nothing(steps: int, like: Array) -> Any:
 def in_pieces(
     project: Callable[[Array, Any, Array], None],
     run: Callable[..., tuple[Array, ...]],
-    inputs: Float[Array, "T N I"],
+    inputs: Float[Array, "T B I"],
     c: Float[Array, "N P"],
     h: Float[Array, "N P"],
     lengths: Int[Array, " N"],
-    resets: Shaped[Array, "T N"] | Shaped[Array, "0 0"],
-    given: tuple[int, int],
+    resets: Shaped[Array, "T B"] | Shaped[Array, "0 0"],
+    hidden: int,
     *,
     reverse: bool,
 ) -> tuple[Array, Array, Array]:
@@ -115,64 +115,44 @@ def in_pieces(
       h: Output before the first step, in the computation dtype.
       lengths: 0 to T.
       resets: Of all steps, or empty.
-      given: B and H; here they are N and P.
+      hidden: H.
       reverse: The last steps come first.
 
     Returns:
-      `(hs [T, B, H], c, h)`.
+      `(hs [T, B, H], c [N, P], h [N, P])`.
     """
-    assert h.shape == given
-    steps = len(inputs)
-    last = min(steps, last_steps(h.size * h.dtype.itemsize))
-    hs, apart = nothing(steps, h), nothing(4 * last, h)
-    for cut in cuts(steps, last, reverse=reverse):
-        now = jnp.array([cut.first, cut.count, cut.plane], jnp.int32)
-        project(inputs, apart if cut.apart else hs, now)
-        piece = Piece(hs, apart if cut.apart else None, now, cut.count)
-        c, h = run(piece, c, h, lengths, resets)
-    return jax.freeze(hs), c, h
+    steps, rows, _ = inputs.shape
+    given = rows, hidden
+    if h.shape == given:
+        last = min(steps, last_steps(h.size * h.dtype.itemsize))
+        hs, apart = nothing(steps, h), nothing(4 * last, h)
+        for cut in cuts(steps, last, reverse=reverse):
+            now = jnp.array([cut.first, cut.count, cut.plane], jnp.int32)
+            project(inputs, apart if cut.apart else hs, now)
+            piece = Piece(hs, apart if cut.apart else None, now, cut.count)
+            c, h = run(piece, c, h, lengths, resets)
+        return jax.freeze(hs), c, h
 
-
-def in_filled_pieces(
-    project: Callable[[Array, Any, Array], None],
-    run: Callable[..., tuple[Array, ...]],
-    inputs: Float[Array, "T B I"],
-    c: Float[Array, "N P"],
-    h: Float[Array, "N P"],
-    lengths: Int[Array, " N"],
-    resets: Shaped[Array, "T B"] | Shaped[Array, "0 0"],
-    given: tuple[int, int],
-    *,
-    reverse: bool,
-) -> tuple[Array, Array, Array]:
-    """Does what `in_pieces` does where B and H, `given`, are filled up to N and P.
-
-    The pieces are alike, each with planes and hs of its own. Inputs are read where they
-    are, but for what `project` would have to fill up.
-    """
-    steps, (rows, hidden) = len(inputs), given
-
-    def of_steps(sequences: Any, state: Any, *masks: Array) -> Any:
+    def filled_up(sequences: Any, state: Any, *masks: Array) -> Any:
         some, numbers = sequences
         count = len(numbers)
         now = jnp.array([0, count, 0], jnp.int32)
         piece = Piece(nothing(count, h), nothing(4 * count, h), now, count)
-        if copies(inputs):
+        if copies(inputs):  # as `project` would of all of them
             project(some, piece.planes, now)
         else:
             project(inputs, piece.planes, now.at[0].set(numbers[0]))
         state = run(piece, *state, *masks)
         return (jax.freeze(piece.hs)[:, :rows, :hidden],), state
 
-    itemsize = h.dtype.itemsize
     (hs,), (c_last, h_last) = in_copies(
-        of_steps,
+        filled_up,
         (inputs, jnp.arange(steps, dtype=jnp.int32)),
         (c, h),
         lengths,
         resets,
         results=[jax.ShapeDtypeStruct((steps, *given), h.dtype)],
-        size=piece_steps(steps, given, h.shape, itemsize, keep=False),
+        size=piece_steps(steps, given, h.shape, h.dtype.itemsize, keep=False),
         reverse=reverse,
     )
     return hs, c_last, h_last
