@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kernel_cases import Case, lowered
+from kernel_cases import Case, lowered, planes_of
 from sass import time_loop
 
 TARGETS = {"h100": Path(__file__).with_name("h100_target.txt")}
@@ -88,7 +88,9 @@ def compiled(case: Case, place: Any, dump: Path) -> dict[str, Any]:
 
     if case.computes == "project":
         lowered(case, gpu, place).compile()
-        cut = Cut.of(case.B, case.I, jnp.dtype(case.dtype).itemsize)
+        filled, least = planes_of(case)
+        itemsize = jnp.dtype(case.dtype).itemsize
+        cut = Cut.of(least, case.B, filled, case.I, itemsize)
         return {"plan": f"rows={cut.rows} vector={cut.vector}"} | costs(dump)
     backward = case.computes == "backward"
     sizes = Sizes(

@@ -105,6 +105,11 @@ HOPPER = [
             ("float32", (64, 64, 512, 512)),
         ),
     ),
+    # The row as it is, and filled up.
+    *cases(
+        ("grid inference",),
+        (("bfloat16", (2048, 1, 1024, 1024)), ("float16", (244, 5, 300, 512))),
+    ),
     *cases(
         ("step forward", "step backward"),
         (
@@ -112,13 +117,14 @@ HOPPER = [
             ("float32", (40, 3, 5, 1100)),  # nothing fits the tiles
         ),
     ),
-    # Rows of whole 8 bytes, of whole 16, and of 2.
+    # Inputs of whole 8 bytes a row, of whole 16, and of 2; and one row.
     *cases(
         ("project",),
         (
             ("bfloat16", (200, 256, 300, 128)),  # 244 is that of `single`: not again
             ("float32", (244, 256, 300, 128)),
             ("bfloat16", (64, 20, 33, 128)),
+            ("bfloat16", (2048, 1, 1024, 1024)),
         ),
     ),
 ]
@@ -172,6 +178,15 @@ def functions(
     return backward, (hs, c, c, gates, before, recurrent_kernel, *masks)
 
 
+def planes_of(case: Case) -> tuple[int, int]:
+    """Returns how many rows the planes of a projection have, and its least steps."""
+    from flax_lstm_kernels.gpu.arrange import up
+    from flax_lstm_kernels.gpu.pieces import last_steps
+
+    rows = 1 if case.B == 1 else up(case.B, 8)
+    return rows, last_steps(case.T, rows, case.H, 2)
+
+
 def projection(
     case: Case, like: Callable[..., Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -182,15 +197,16 @@ def projection(
     from flax_lstm_kernels.gpu import project, project_operands
     from flax_lstm_kernels.gpu.arrange import UNITS, up
 
+    rows, least = planes_of(case)
     size = up(case.H, UNITS)
 
     def run(x: Any, kernel: Any, bias: Any, planes: Any, now: Any) -> Any:
         ref = compat.in_place(planes)
         weights = project_operands.weights_of_inputs(kernel, bias, size, x.dtype)
-        project.project(x, weights, ref, now, size=size)
+        project.project(x, weights, ref, now, least=least, size=size)
         return jax.freeze(ref)
 
-    gates, planes = 4 * case.H, like(case.T, up(case.B, 8), size)
+    gates, planes = 4 * case.H, like(case.T, rows, size)
     x, now = like(case.T, case.B, case.I), like(3, dtype=jnp.int32)
     return run, (x, like(case.I, gates), like(gates), planes, now)
 

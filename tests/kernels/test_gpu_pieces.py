@@ -11,13 +11,14 @@ import pytest
 import reference
 from flax_lstm_kernels import compat, gpu
 from flax_lstm_kernels.copied import in_copies
-from flax_lstm_kernels.gpu import Plan, forward, pieces, project, single
+from flax_lstm_kernels.gpu import Plan, forward, pieces, project, single, step
 from flax_lstm_kernels.gpu.arrange import gates_apart, recurrent_weights, up
 from flax_lstm_kernels.gpu.pieces import (
     LAST,
     LEAST,
     PIECES,
     PROJECTED,
+    TRAINED,
     cuts,
     last_steps,
     piece_steps,
@@ -30,13 +31,16 @@ from gpu_problems import BARS, judge, problem, run
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
 
 
+@pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_every_step_is_in_one_piece_and_overwrites_nothing(reverse):
+def test_every_step_is_in_one_piece_and_overwrites_nothing(reverse, one_row):
     """Gates lie where hs is neither written yet nor by the piece itself."""
-    sizes = (1, 3, 4, 5, 19, 20, 21, 27, 244, 251, 1024, 100_003)
-    for steps, last in itertools.product(sizes, (1, 2, 4)):
+    sizes = (1, 3, 4, 5, 8, 19, 20, 21, 27, 244, 251, 1024, 100_003)
+    for steps, last in itertools.product(sizes, (8, 16) if one_row else (1, 2, 4)):
+        if steps < last:
+            continue
         done = np.zeros(steps, bool)
-        for cut in (found := cuts(steps, last, reverse=reverse)):
+        for cut in (found := cuts(steps, last, one_row=one_row, reverse=reverse)):
             here = slice(cut.first, cut.first + cut.count)
             # The steps that come before it in the loop, and no others, are done.
             assert done.all(where=np.arange(steps) < cut.first) or reverse
@@ -44,33 +48,37 @@ def test_every_step_is_in_one_piece_and_overwrites_nothing(reverse):
             assert done[here.stop :].all() if reverse else True
             assert not done[: here.stop].any() if reverse else True
             done[here] = True
-            planes = slice(cut.plane, cut.plane + 4 * cut.count)
             assert cut.count > 0
-            if cut.apart:
-                assert planes.start == 0
-                assert cut.count <= last
-            else:
-                assert cut.count >= last
+            assert 0 <= cut.projected <= cut.first
+            assert here.stop <= cut.projected + cut.apart <= steps
+            if cut.within:
+                planes = slice(cut.plane, cut.plane + 4 * cut.apart)
+                assert cut.apart == cut.count
                 assert planes.stop <= steps
                 assert not done[planes].any()
+            else:
+                assert (cut.plane, cut.apart) == (0, last)
+            assert cut.apart >= last
+            assert cut.apart % 8 == 0 or not one_row
         assert done.all()
-        # A fifth each time, rounded down; then at most five apart.
-        assert len(found) <= 6 + 2 * np.log(max(1, steps / (5 * last))) / np.log(1.25)
+        # A fifth each time, rounded down; then at most five apart, of one row seven.
+        fewest = max(1, steps / (5 * last))
+        assert len(found) <= 8 + 2 * np.log(fewest) / np.log(1.25)
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_copied_pieces_are_alike_and_neither_many_nor_large(keep):
-    """No more than 16 but where they have 16 steps."""
-    item = 4 if keep else 2
+@pytest.mark.parametrize(("keep", "item"), [(False, 2), (True, 4), (True, 2)])
+def test_copied_pieces_are_alike_and_neither_many_nor_large(keep, item):
+    """No more than 16 but where they have 16 steps; in training in 16 bits 8."""
+    most, least = (TRAINED, 100_003) if keep and item == 2 else (PIECES, LEAST)
     for steps in (1, 3, 4, 59, 60, 61, 64, 119, 120, 244, 251, 1024, 100_003):
         for rows, size in ((8, 64), (256, 128), (2000, 128), (8, 1024)):
-            given, filled = (rows - 1, size), (rows, size)
+            given, filled = (rows // 2, size), (rows, size)
             found = piece_steps(steps, given, filled, item, keep=keep)
             assert piece_steps(steps, filled, filled, item, keep=keep) == steps
             count = -(-steps // found)
-            assert count <= PIECES or found >= LEAST
-            sixteenth = min(LEAST, max(LAST, -(-steps // PIECES)))
-            assert found < 2 * max(PROJECTED // (rows * 4 * size * item), sixteenth)
+            assert count <= most or found >= least
+            fewest = min(least, max(LAST, -(-steps // most)))
+            assert found < 2 * max(PROJECTED // (rows * 4 * size * item), fewest)
             last = steps - (count - 1) * found
             assert 0 < last <= found
             assert found - last < count
@@ -138,39 +146,40 @@ class Alone(NamedTuple):
     state: tuple
 
 
-def piece_alone(kernel, *, reverse, apart, dtype="float32"):
+def piece_alone(kernel, *, reverse, apart, rows, dtype="float32"):
     """Runs steps 2 and 3 of 4 of a sequence of 12, planes in hs from 4 or 5 on."""
     x, weights, recurrent, bias, c, h, lengths, resets = problem(
-        (4, 9, 2, 60), dtype
+        (4, rows, 2, 60), dtype
     ).arguments
-    lengths = lengths.at[2].set(3)
+    lengths = lengths.at[min(2, rows - 1)].set(3)
     plan = {"cluster": Plan("cluster", 8, 2, 2)}.get(kernel, Plan(kernel, 8, 1 + 1))
-    size, filled = plan.size(60), 16
+    size, filled = plan.size(60), up(rows, 8)
+    held = 1 if rows == 1 else filled
     z = reference.f64(x) @ reference.f64(weights) + reference.f64(bias)
-    z = gates_apart(jnp.asarray(z, dtype), size).transpose(0, 2, 1, 3)
-    z = z[2:].reshape(8, 9, size)
+    z = gates_apart(jnp.asarray(z, dtype), size).transpose(2, 0, 1, 3)
+    z = z[:, 2:].reshape(8, rows, size)
     first_plane = 0 if apart else 4
-    before = np.random.default_rng(0).normal(size=(12, filled, size)).astype(dtype)
-    held = before[:8].copy() if apart else before
-    held[first_plane : first_plane + 8] = np.nan  # of rows that are not there
-    held[first_plane : first_plane + 8, :9] = z
+    before = np.random.default_rng(0).normal(size=(12, held, size)).astype(dtype)
+    planes = before[:8].copy() if apart else before
+    planes[first_plane : first_plane + 8] = np.nan  # of rows that are not there
+    planes[first_plane : first_plane + 8, :rows] = z
     weights = recurrent_weights(recurrent, size)
     if kernel == "step":
         weights = slabs_out_in(weights)
 
     def widened(array):
-        return jnp.pad(array, ((0, filled - 9), (0, size - 60)))
+        return jnp.pad(array, ((0, filled - rows), (0, size - 60)))
 
     def function(hs, planes, c, h, lengths, resets):
         hs = compat.in_place(hs)
         planes = compat.in_place(planes) if apart else None
-        now = jnp.array([2, 2, first_plane], jnp.int32)
+        now = jnp.array([2, 2, first_plane, 2], jnp.int32)
         state = gpu.FORWARD[kernel](
             Piece(hs, planes, now, 2),
             weights,
             widened(c),
             widened(h),
-            jnp.pad(lengths, (0, filled - 9)),
+            jnp.pad(lengths, (0, filled - rows)),
             resets,
             reverse=reverse,
             plan=plan,
@@ -179,7 +188,7 @@ def piece_alone(kernel, *, reverse, apart, dtype="float32"):
         return jax.freeze(hs), state
 
     given = x[2:], recurrent, c, h, jnp.clip(lengths - 2, 0, 2), resets[2:], z
-    hs, state = jax.jit(function)(before, held, c, h, lengths, resets)
+    hs, state = jax.jit(function)(before, planes, c, h, lengths, resets)
     return Alone(given, before, np.asarray(hs), state)
 
 
@@ -187,19 +196,21 @@ NAN_FILLED = compat.InterpretGPUParams(uninitialized_memory="nan")
 
 
 @pytest.mark.parametrize(
-    ("kernel", "reverse", "apart"),
+    ("kernel", "rows", "reverse", "apart"),
     [
-        ("single", False, False),
-        ("cluster", True, False),
-        ("grid", False, True),
-        ("step", True, False),
+        ("single", 9, False, False),
+        ("cluster", 9, True, False),
+        ("grid", 9, False, True),
+        ("grid", 1, True, False),
+        ("step", 9, True, False),
+        ("step", 1, False, True),
     ],
 )
 @pytest.mark.kernels("interpreted")
 def test_a_piece_has_the_values_of_numpy_and_writes_no_other_step(
-    kernel, reverse, apart
+    kernel, rows, reverse, apart
 ):
-    alone = piece_alone(kernel, reverse=reverse, apart=apart)
+    alone = piece_alone(kernel, reverse=reverse, apart=apart, rows=rows)
     x, recurrent, c, h, lengths, resets, _ = alone.given
     _, weights, _, bias, *_ = problem((4, 9, 2, 60), "float32").arguments
     want = reference.lstm(
@@ -211,7 +222,7 @@ def test_a_piece_has_the_values_of_numpy_and_writes_no_other_step(
         reverse=reverse,
         keep_order=True,
     )
-    got = alone.hs[2:4, :9, :60], *(array[:9, :60] for array in alone.state)
+    got = alone.hs[2:4, :rows, :60], *(array[:rows, :60] for array in alone.state)
     for value, true in zip(got, (want.outputs, want.c, want.h), strict=True):
         assert reference.error(value, true) < BARS["float32"][0]
     others = [0, 1, *range(4, 12)]
@@ -221,11 +232,11 @@ def test_a_piece_has_the_values_of_numpy_and_writes_no_other_step(
 @pytest.fixture
 def short_pieces(monkeypatch):
     """Cuts 7 steps up: into single ones, the last four apart; in copies, 3, 3 and 1."""
-    named = {"LAST": 1, "LEAST": 2, "PIECES": 2, "PROJECTED": 0}
+    named = {"LAST": 1, "LEAST": 2, "PIECES": 2, "PROJECTED": 0, "TRAINED": 4}
     for name, value in named.items():
         monkeypatch.setattr(pieces, name, value)
-    for keep in (False, True):
-        assert piece_steps(7, (1, 1), (8, 64), 4, keep=keep) == 3
+    for keep, itemsize in itertools.product((False, True), (2, 4)):
+        assert piece_steps(7, (1, 1), (8, 64), itemsize, keep=keep) == 3
 
 
 @pytest.mark.parametrize(
@@ -260,6 +271,39 @@ def test_a_sequence_in_pieces_has_the_values_of_numpy(
     for value, true in zip(got.values[:3], (want.outputs, want.c, want.h), strict=True):
         assert reference.error(value, true) < BARS[dtype][0]
     assert not got.raced
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.kernels("interpreted")
+def test_one_row_in_pieces_is_not_filled_up_and_has_the_values_of_numpy(
+    reverse, monkeypatch
+):
+    """One within hs, four apart, and one that has fewer steps; past the length, too."""
+    given = problem((85, 1, 2, 64), "float32")
+    *arguments, _, resets = given.arguments
+    given = given._replace(arguments=(*arguments, jnp.int32([82]), resets))
+    seen = []
+
+    def watched(source, *arrays, **options):
+        seen.append((source.hs.shape, source.count, source.planes is None))
+        return step.forward_pass(source, *arrays, **options)
+
+    monkeypatch.setitem(gpu.FORWARD, "step", watched)
+    got = run(given, Plan("step", 8, 2), reverse=reverse, keep=False)
+    want = reference.lstm(
+        arguments[1:4],
+        arguments[0],
+        arguments[4:],
+        lengths=jnp.int32([82]),
+        resets=resets,
+        reverse=reverse,
+        keep_order=True,
+    )
+    for value, true in zip(got.values[:3], (want.outputs, want.c, want.h), strict=True):
+        assert reference.error(value, true) < BARS["float32"][0]
+    assert not got.raced
+    pieces = [(16, True), *[(16, False)] * 4, (5, False)]
+    assert seen == [((85, 1, 64), *piece) for piece in pieces]
 
 
 @pytest.mark.parametrize(
@@ -345,6 +389,7 @@ def test_the_projected_inputs_of_all_steps_are_nowhere(kernel):
     assert whole not in text
     # `project` and the kernel, each with planes in hs and apart. (0.12 also tells what
     # the first piece is given from what others are.)
-    count = len(cuts(steps, last_steps(rows * hidden * 2), reverse=False))
+    last = last_steps(steps, rows, hidden, 2)
+    count = len(cuts(steps, last, one_row=False, reverse=False))
     launches = 2 + count if kernel == "step" else 4
     assert launches <= text.count("custom_call @mosaic_gpu_v2") <= launches + 1

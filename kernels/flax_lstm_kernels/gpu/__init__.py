@@ -129,16 +129,31 @@ def forward(
     if not keep:
         of_inputs = weights_of_inputs(kernel, bias, size, dtype)
 
-        @jax.jit
-        def to_planes(inputs: Array, planes: Any, now: Array) -> None:
+        @partial(jax.jit, static_argnums=3)
+        def to_planes(inputs: Array, planes: Any, now: Array, least: int) -> None:
             project.project(
-                inputs, of_inputs, planes, now, size=size, interpret=interpret
+                inputs,
+                of_inputs,
+                planes,
+                now,
+                least=least,
+                size=size,
+                interpret=interpret,
             )
 
         # Traced once for all pieces, but for `step`, where each is a loop of its own.
         of_piece = run if plan.kernel == "step" else jax.jit(run)
         hs, c, h = in_pieces(
-            to_planes, of_piece, inputs, c, h, lengths, resets, hidden, reverse=reverse
+            to_planes,
+            of_piece,
+            inputs,
+            c,
+            h,
+            lengths,
+            resets,
+            hidden,
+            one_row=plan.kernel in ("grid", "step"),
+            reverse=reverse,
         )
         gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
         before = jnp.zeros((0, 0, hidden), jnp.float32)

@@ -112,7 +112,8 @@ def forward_body(
         block.store(h_last.at[rows, units], h)
 
         def clear(k: Any, nothing: None) -> None:
-            block.store(hs.at[span.first + k, rows, units], jnp.zeros_like(c))
+            place = hs.at[span.first + k, of.held(rows), units]
+            block.store(place, jnp.zeros_like(c))
 
         lax.fori_loop(end, span.count, clear, None)
 

@@ -7,9 +7,11 @@ long as there is any. A fifth of the steps that are left fits there each time; t
 few have a small memory of their own. Inputs and outputs are nearly all the memory then.
 
 A piece is two launches, `project` and the kernel, and there are few: 17 of 244 steps.
-Which steps they are is an argument, so that all pieces run the same two programs.
+Which steps they are is an argument, so that all pieces run the same two programs. A
+gate's planes of all steps lie together, as a product of them all would.
 
-Where rows or units have to be filled up, hs is not what the caller gets, and of a few
+Of one row, `grid` and `step` have planes `[1, P]`, and nothing is filled up. Where else
+rows or units have to be, hs is not what the caller gets, and of a few
 rows it would be many times that. Such sequences run in pieces that are alike, in a
 loop, each with planes and hs of its own, which is then copied; so does their training,
 forward and backward, whose inputs are copied too (`piece_steps`). Only a piece is then
@@ -30,7 +32,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from flax_lstm_kernels import compat
 from flax_lstm_kernels.copied import in_copies
-from flax_lstm_kernels.gpu.project_operands import copies
+from flax_lstm_kernels.gpu.project_operands import EIGHT, copies
 from flax_lstm_kernels.gpu.source import Piece
 
 # Steps whose planes have a memory of their own: so many, or what takes so many bytes.
@@ -38,10 +40,12 @@ LAST = 4
 LAST_BYTES = 4 << 20
 # Steps of a copied piece, where there are that many: at least so many, or a sixteenth
 # of all, and as many as have planes of so many bytes. By estimate, not measured, its
-# launches (3, of few rows 5, in training 7) then take no more time than its steps.
+# launches (3, of few rows 5, in training 7) then take no more time than its steps. In
+# training in 16 bits it has an eighth of all, and takes less memory than a scan still.
 LEAST = 16
 PIECES = 16
 PROJECTED = 256 << 10
+TRAINED = 8
 
 
 class Cut(NamedTuple):
@@ -50,51 +54,70 @@ class Cut(NamedTuple):
     Attributes:
       first: The first of them in time.
       count: How many they are.
-      plane: The first of their planes.
-      apart: The planes are not those of hs.
+      plane: The first plane of what is projected for them.
+      projected: The first step that is projected.
+      apart: How many steps are projected: so many planes has each gate.
+      within: The planes are those of hs.
     """
 
     first: int
     count: int
     plane: int
-    apart: bool
+    projected: int
+    apart: int
+    within: bool
+
+    def to_project(self) -> Int[Array, "3"]:
+        """Returns what `project` is told."""
+        return jnp.array([self.projected, self.apart, self.plane], jnp.int32)
+
+    def to_run(self) -> Int[Array, "4"]:
+        """Returns what the kernel is told, see `Piece`."""
+        plane = self.plane + self.first - self.projected
+        return jnp.array([self.first, self.count, plane, self.apart], jnp.int32)
 
 
-def last_steps(plane_bytes: int) -> int:
-    """Returns how many steps at the end have planes apart, by the bytes of a plane.
+def last_steps(steps: int, rows: int, size: int, itemsize: int) -> int:
+    """Returns how many steps at the end have planes apart; of one row in eights.
 
-    >>> last_steps(256 * 128 * 2), last_steps(1024 * 256 * 2)
+    >>> last_steps(244, 256, 128, 2), last_steps(244, 1024, 256, 2)
     (4, 2)
+    >>> last_steps(244, 1, 1024, 2), last_steps(13, 1, 1024, 2)
+    (16, 8)
     """
-    return max(1, min(LAST, LAST_BYTES // (4 * plane_bytes)))
+    if rows == 1:
+        return min(steps // EIGHT, 2) * EIGHT
+    return min(steps, max(1, min(LAST, LAST_BYTES // (4 * rows * size * itemsize))))
 
 
-def cuts(steps: int, last: int, *, reverse: bool) -> list[Cut]:
-    """Cuts time into pieces, in the order in which they run; `last` as `last_steps`.
+def cuts(steps: int, last: int, *, one_row: bool, reverse: bool) -> list[Cut]:
+    """Cuts time into pieces, in the order in which they run.
 
-    >>> [(cut.first, cut.count, cut.plane) for cut in cuts(27, 4, reverse=False)]
+    The tiles of `project` take `last` steps at least, and of one row whole eights. So
+    for the last piece, which may have fewer, some steps before it are projected again.
+
+    >>> options = {"one_row": False, "reverse": False}
+    >>> [(cut.first, cut.count, cut.plane) for cut in cuts(27, 4, **options)]
     [(0, 5, 5), (5, 4, 9), (9, 4, 0), (13, 4, 0), (17, 4, 0), (21, 4, 0), (25, 2, 0)]
     """
     found, left = [], steps
     while left:
-        within = left // 5
-        apart = within < last
-        count = min(left, last) if apart else within
+        fits = left // 5
+        if one_row:
+            fits -= fits % EIGHT
+        within = fits >= last
+        count = fits if within else min(left, last)
         left -= count
         first = left if reverse else steps - left - count
         # In reverse the steps that are left are those before.
-        plane = 0 if apart or reverse else first + count
-        found.append(Cut(first, count, plane, apart))
+        plane = first + count if within and not reverse else 0
+        apart = count if within else last
+        found.append(Cut(first, count, plane, min(first, steps - apart), apart, within))
     return found
 
 
-def nothing(steps: int, like: Array) -> Any:
-    """Returns a reference to memory of `[steps, N, P]`, with anything in it."""
-    return compat.in_place(lax.empty((steps, *like.shape), like.dtype))
-
-
 def in_pieces(
-    project: Callable[[Array, Any, Array], None],
+    project: Callable[[Array, Any, Array, int], None],
     run: Callable[..., tuple[Array, ...]],
     inputs: Float[Array, "T B I"],
     c: Float[Array, "N P"],
@@ -103,12 +126,14 @@ def in_pieces(
     resets: Shaped[Array, "T B"] | Shaped[Array, "0 0"],
     hidden: int,
     *,
+    one_row: bool,
     reverse: bool,
 ) -> tuple[Array, Array, Array]:
     """Projects and runs piece by piece, the state going from one to the next.
 
     Args:
-      project: Called with inputs, a reference to the planes and `Piece.now`.
+      project: Called with inputs, a reference to the planes, `Cut.to_project` and the
+        number of steps that are projected at least.
       run: Called with a piece, the state, lengths and resets; returns `(c, h)`.
       inputs: Of all steps.
       c: Cell before the first step.
@@ -116,34 +141,38 @@ def in_pieces(
       lengths: 0 to T.
       resets: Of all steps, or empty.
       hidden: H.
+      one_row: The kernel can run with planes and hs of one row, not of eight.
       reverse: The last steps come first.
 
     Returns:
       `(hs [T, B, H], c [N, P], h [N, P])`.
     """
     steps, rows, _ = inputs.shape
-    given = rows, hidden
-    if h.shape == given:
-        last = min(steps, last_steps(h.size * h.dtype.itemsize))
-        hs, apart = nothing(steps, h), nothing(4 * last, h)
-        for cut in cuts(steps, last, reverse=reverse):
-            now = jnp.array([cut.first, cut.count, cut.plane], jnp.int32)
-            project(inputs, apart if cut.apart else hs, now)
-            piece = Piece(hs, apart if cut.apart else None, now, cut.count)
+    given, alone = (rows, hidden), one_row and rows == 1 and steps >= EIGHT
+    if (rows if alone else len(h), h.shape[1]) == given:
+        last = last_steps(steps, *given, h.dtype.itemsize)
+        hs, apart = (lax.empty((n, *given), h.dtype) for n in (steps, 4 * last))
+        hs, apart = compat.in_place(hs), compat.in_place(apart)
+        for cut in cuts(steps, last, one_row=alone, reverse=reverse):
+            project(inputs, hs if cut.within else apart, cut.to_project(), last)
+            planes = None if cut.within else apart
+            piece = Piece(hs, planes, cut.to_run(), cut.count)
             c, h = run(piece, c, h, lengths, resets)
         return jax.freeze(hs), c, h
 
     def filled_up(sequences: Any, state: Any, *masks: Array) -> Any:
         some, numbers = sequences
         count = len(numbers)
-        now = jnp.array([0, count, 0], jnp.int32)
-        piece = Piece(nothing(count, h), nothing(4 * count, h), now, count)
+        hs, planes = (lax.empty((n, *h.shape), h.dtype) for n in (count, 4 * count))
+        hs, planes = compat.in_place(hs), compat.in_place(planes)
+        cut = Cut(0, count, 0, 0, count, within=False)
+        now = cut.to_project()
         if copies(inputs):  # as `project` would of all of them
-            project(some, piece.planes, now)
+            project(some, planes, now, count)
         else:
-            project(inputs, piece.planes, now.at[0].set(numbers[0]))
-        state = run(piece, *state, *masks)
-        return (jax.freeze(piece.hs)[:, :rows, :hidden],), state
+            project(inputs, planes, now.at[0].set(numbers[0]), count)
+        state = run(Piece(hs, planes, cut.to_run(), count), *state, *masks)
+        return (jax.freeze(hs)[:, :rows, :hidden],), state
 
     (hs,), (c_last, h_last) = in_copies(
         filled_up,
@@ -180,7 +209,7 @@ def piece_steps(
       keep: For training.
 
     >>> piece_steps(2048, (1, 1024), (8, 1024), 2, keep=True)
-    16
+    256
     >>> piece_steps(2048, (5, 1024), (8, 1024), 2, keep=True)
     2048
     """
@@ -188,6 +217,8 @@ def piece_steps(
     whole = keep and rows * size * itemsize < 4 * math.prod(given)
     if whole or given == filled:
         return steps
-    least = min(LEAST, max(LAST, -(-steps // PIECES)))
-    least = max(least, PROJECTED // (rows * 4 * size * itemsize))
+    least = min(LEAST, -(-steps // PIECES))
+    if keep and itemsize == 2:
+        least = -(-steps // TRAINED)
+    least = max(LAST, least, PROJECTED // (rows * 4 * size * itemsize))
     return -(-steps // max(1, steps // least))

@@ -1,15 +1,18 @@
 """The projection of inputs on Hopper tensor cores, into planes of a larger buffer.
 
-For k = 0 .. steps-1, n = 0 .. 3:  planes[plane + 4 k + n] = (x[first + k] W + b)[n]
+For n = 0 .. 3, k = 0 .. steps-1:
+    planes[plane + n steps + k] = (x[first + k] W + b)[n]
 
 What a product of XLA cannot do: it reads the inputs of a piece of time where they are,
 and writes where there is room, here, in place, and in the order i f g o of gates.
 
 Axes     T time, B batch, I input size, P hidden size in whole 64s; S planes of N rows.
-Grid     (units in 64s, blocks that stay). A tile is `rows` rows of one step; each
-         block has every so-manyth. The last tile of a step ends at its last row; where
-         it overlaps with the one before, the same block has both (`Cut.together`), and
-         writes the same again.
+Tiles    Of `rows` rows, of all steps joined where planes have no other rows than B, and
+         of one step where they have. The last one ends at the last row. What it then
+         has twice, and the tile before it, too, is of all steps whole eights, and not
+         written again; of a step, where it may not be, the same block has both
+         (`Cut.together`), and writes the same again.
+Grid     (units in 64s, blocks that stay). Each block has every so-manyth tile.
 Threads  One warpgroup, which computes z^T `[64, rows]` of four gates.
 Chunks   Of 32 inputs. The last ends at the last input; what the one before has had of
          it is set to 0, as are the weights for it (of an Inf, 0 times is NaN).
@@ -67,34 +70,47 @@ class Cut(NamedTuple):
 
     Attributes:
       batch: B.
+      filled: N.
       inner: I.
       rows: Of a tile.
       vector: Inputs that a thread loads at once.
     """
 
     batch: int
+    filled: int
     inner: int
     rows: int
     vector: int
 
     @classmethod
-    def of(cls, batch: int, inner: int, itemsize: int) -> "Cut":
-        """Chooses for B rows of I inputs.
+    def of(
+        cls, least: int, batch: int, filled: int, inner: int, itemsize: int
+    ) -> "Cut":
+        """Chooses for `least` steps or more, of B rows of I inputs.
 
-        >>> Cut.of(256, 300, 2), Cut.of(20, 33, 4)
-        (Cut(batch=256, inner=300, rows=64, vector=4), \
-Cut(batch=20, inner=33, rows=16, vector=1))
+        >>> Cut.of(4, 256, 256, 300, 2), Cut.of(1, 20, 24, 33, 4)
+        (Cut(batch=256, filled=256, inner=300, rows=64, vector=4), \
+Cut(batch=20, filled=24, inner=33, rows=16, vector=1))
+        >>> Cut.of(4, 8, 8, 64, 2).rows, Cut.of(16, 1, 1, 64, 2).rows
+        (32, 16)
         """
-        rows = up(-(-batch // -(-batch // MOST_ROWS)), 2 * EIGHT)  # tiles alike
-        if rows > batch:
-            rows = batch // EIGHT * EIGHT
+        if batch == filled:
+            rows = min(MOST_ROWS, least * batch)
+        else:
+            rows = up(-(-batch // -(-batch // MOST_ROWS)), 2 * EIGHT)  # tiles alike
+            rows = min(rows, batch // EIGHT * EIGHT)
         # A load of 16 bytes at the most, aligned in every row; four warps' rows.
         fits = (
             vector
             for vector in (8, 4, 2)
             if vector * itemsize <= 16 and inner % vector == 0 == rows % (4 * vector)
         )
-        return cls(batch, inner, rows, next(fits, 1))
+        return cls(batch, filled, inner, rows, next(fits, 1))
+
+    @property
+    def joined(self) -> bool:
+        """Says whether the rows of all steps are cut up together."""
+        return self.batch == self.filled
 
     @property
     def tiles(self) -> int:
@@ -105,10 +121,10 @@ Cut(batch=20, inner=33, rows=16, vector=1))
     def together(self) -> int:
         """Returns how many tiles in a row a block has: both of two that overlap.
 
-        >>> [Cut.of(rows, 32, 2).together for rows in (128, 100, 129)]
+        >>> [Cut.of(1, rows, 136, 32, 2).together for rows in (128, 100, 129)]
         [1, 2, 3]
         """
-        if self.batch % self.rows == 0:
+        if self.joined or self.batch % self.rows == 0:
             return 1
         return 2 if self.tiles % 2 == 0 else self.tiles
 
@@ -153,15 +169,35 @@ class Block(NamedTuple):
             return ref[...]
         return compat.load(ref, layout(ref.shape[-1], vector))
 
-    def place(self, m: Any) -> tuple[Any, Any]:
-        """Returns step, from the first, and rows of the block's m-th tile."""
-        of_step, together = self.cut.tiles, self.cut.together
+    def place(self, m: Any) -> tuple[Any, Any, Any]:
+        """Returns where the block's m-th tile begins, and what it need not write.
+
+        Among the rows of all inputs from the first step on, `[T B, I]`; among those of
+        the planes of a gate; and how many rows the tile before it has, too.
+        """
+        cut, together = self.cut, self.cut.together
         number = self.first + lax.div(m, together) * self.apart
+        if cut.joined:
+            row = jnp.minimum(number * cut.rows, self.now[1] * cut.batch - cut.rows)
+            return row, row, number * cut.rows - row
         number = number * together + lax.rem(m, together)
-        row = jnp.minimum(
-            lax.rem(number, of_step) * self.cut.rows, self.cut.batch - self.cut.rows
-        )
-        return lax.div(number, of_step), pl.ds(row, self.cut.rows)
+        step = lax.div(number, cut.tiles)
+        row = lax.rem(number, cut.tiles) * cut.rows
+        row = jnp.minimum(row, cut.batch - cut.rows)
+        return step * cut.batch + row, step * cut.filled + row, 0
+
+    def eight(self, row: Any, n: int) -> Any:
+        """Returns where eight rows of gate n lie, from one among those of its planes.
+
+        They are of one step, or of eight.
+        """
+        units, filled = pl.ds(self.group * UNITS, UNITS), self.cut.filled
+        first = self.now[2] + n * self.now[1]
+        if filled == 1:
+            return self.planes.at[pl.ds(first + row, EIGHT), 0, units]
+        return self.planes.at[
+            first + lax.div(row, filled), pl.ds(lax.rem(row, filled), EIGHT), units
+        ]
 
     @property
     def turned(self) -> bool:
@@ -170,10 +206,10 @@ class Block(NamedTuple):
 
     def given(self, m: Any, chunk: Any) -> Any:
         """Loads a chunk of the inputs of the m-th tile."""
-        step, rows = self.place(m)
+        row, _, _ = self.place(m)
+        rows = pl.ds(self.now[0] * self.cut.batch + row, self.cut.rows)
         start = jnp.minimum(chunk * WIDTH, self.cut.inner - WIDTH)
-        place = self.inputs.at[self.now[0] + step, rows, pl.ds(start, WIDTH)]
-        return self.load(place, self.cut.vector)
+        return self.load(self.inputs.at[rows, pl.ds(start, WIDTH)], self.cut.vector)
 
     def operand(self, x: Any, chunk: Any) -> Any:
         """Turns a chunk as loaded into one to multiply."""
@@ -198,7 +234,11 @@ class Block(NamedTuple):
         """Projects all tiles of the block."""
         chunks, _ = cut_inputs(self.cut.inner)
         together = self.cut.together
-        number = self.now[1] * (self.cut.tiles // together) - self.first
+        number = self.now[1] * (self.cut.tiles // together)
+        if self.cut.joined:
+            rows = self.now[1] * self.cut.batch
+            number = lax.div(rows + self.cut.rows - 1, self.cut.rows)
+        number = number - self.first
         mine = lax.div(jnp.maximum(number + self.apart - 1, 0), self.apart) * together
         total = mine * chunks
 
@@ -277,12 +317,15 @@ class Block(NamedTuple):
             for n in range(GATES):
                 self.registers.store(self.z_tile.at[n], z[n] + bias[n])
             plgpu.commit_smem()
-            step, rows = self.place(m)
-            units = pl.ds(self.group * UNITS, UNITS)
-            for n in range(GATES):
-                plane = self.now[2] + GATES * step + n
-                value = self.load(self.z_tile.at[n], 4)
-                compat.store(self.planes.at[plane, rows, units], value)
+            _, row, twice = self.place(m)
+            for eight in range(0, self.cut.rows, EIGHT):
+
+                @pl.when(eight >= twice)
+                def write(eight: int = eight) -> None:
+                    for n in range(GATES):
+                        value = self.load(self.z_tile.at[n, pl.ds(eight, EIGHT)], 4)
+                        compat.store(self.eight(row + eight, n), value)
+
             return ahead
 
         @pl.when(mine > 0)
@@ -306,6 +349,7 @@ def project(
     planes: Any,
     now: Int[Array, "3"],
     *,
+    least: int,
     size: int,
     interpret: Any = None,
 ) -> None:
@@ -316,20 +360,23 @@ def project(
         a loop may have done before.
       weights: From `weights_of_inputs`.
       planes: `compat.in_place` of `[S, N, P]` in the computation dtype, with N a
-        multiple of 8. Of rows from B on nothing is said.
+        multiple of 8; or 1, as B, then a multiple of 8 steps. Of rows from B on nothing
+        is said.
       now: First step, number of steps, first plane. Gate n of step k, from the first,
-        goes to plane 4 k + n, from the first.
+        goes to plane `n steps + k`, from the first.
+      least: The number of steps is never less, unless it is 0.
       size: P.
       interpret: Runs on any device: True, or the interpreter's parameters.
     """
-    inputs = inputs_to_project(inputs)
+    filled = planes.shape[1]
+    inputs = inputs_to_project(inputs, filled)
     steps, batch, inner = inputs.shape
     dtype, groups = inputs.dtype, size // UNITS
     turned = multiplied_turned(dtype)
-    cut = Cut.of(batch, inner, dtype.itemsize)
+    cut = Cut.of(least, batch, filled, inner, dtype.itemsize)
     # Of 16 bits, a multiprocessor has room for two.
     at_once = BLOCKS * (2 if dtype.itemsize == 2 else 1)
-    blocks = min(max(1, at_once // groups), steps * cut.tiles // cut.together)
+    blocks = min(max(1, at_once // groups), -(-steps * batch // cut.rows))
     run = compat.kernel(
         partial(body, cut=cut, blocks=blocks, plain=Registers.of(interpret).plain),
         out_type=[],
@@ -347,4 +394,5 @@ def project(
         grid=(groups, blocks),
         grid_names=("group", "block"),
     )
-    run(now, planes, inputs, weights.kernel, weights.bias)
+    rows = inputs.reshape(steps * batch, inner)
+    run(now, planes, rows, weights.kernel, weights.bias)

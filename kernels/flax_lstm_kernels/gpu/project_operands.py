@@ -65,10 +65,18 @@ def copies(inputs: Float[Array, "T B I"]) -> bool:
     return rows < EIGHT or inner < WIDTH
 
 
-def inputs_to_project(inputs: Float[Array, "T B I"]) -> Float[Array, "T K J"]:
-    """Fills up to 8 rows and 32 inputs, where there are fewer; else copies nothing."""
+def inputs_to_project(
+    inputs: Float[Array, "T B I"], filled: int = EIGHT
+) -> Float[Array, "T K J"]:
+    """Fills up to 32 inputs, and to 8 rows, where there are fewer; else copies nothing.
+
+    Args:
+      inputs: All of them.
+      filled: Rows of a plane; where that is one, it is not filled up.
+    """
     _, rows, inner = inputs.shape
-    return fill(fill(inputs, 1, max(rows, EIGHT)), 2, max(inner, WIDTH))
+    rows = max(rows, min(EIGHT, filled))
+    return fill(fill(inputs, 1, rows), 2, max(inner, WIDTH))
 
 
 def cut_inputs(inner: int) -> tuple[int, int]:

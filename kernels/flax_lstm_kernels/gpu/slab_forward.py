@@ -30,7 +30,7 @@ class Forward(NamedTuple):
       lengths: `[rows]`.
       resets: `[T, rows]`, or None.
       turns: `[2, rows, P]`, see the file's head.
-      hs: `[T, rows, P]`.
+      hs: `[T, rows, P]`; of a piece also `[T, 1, P]`, for the first row alone.
       before: `[T, rows, P]`, or None for nothing kept.
     """
 
@@ -47,6 +47,10 @@ class Forward(NamedTuple):
         if self.slabs is None:
             return None
         return self.slabs.at[pl.ds(unit * 4 * UNITS, 4 * UNITS), :]
+
+    def held(self, rows: Any) -> Any:
+        """Returns where planes and hs have these rows: of one row, only that."""
+        return 0 if self.hs.shape[1] == 1 else rows
 
     def step(
         self,
@@ -79,7 +83,8 @@ class Forward(NamedTuple):
         units = pl.ds(unit * UNITS, UNITS)
         # Nothing here depends on the other blocks: it is read ahead of the wait.
         dtype = self.hs.dtype
-        places = [self.span.gate(t, rows, n, units) for n in range(4)]
+        held = self.held(rows)
+        places = [self.span.gate(t, held, n, units) for n in range(4)]
         z = [block.load(place, dtype) for place in places]
         live = block.per_row(self.lengths.at[rows]) > t
         fresh = None
@@ -95,7 +100,7 @@ class Forward(NamedTuple):
         h = jnp.where(live, new_h, h)
         block.store(self.turns.at[1 - turn, rows, units], as_operand(h, dtype))
         flags.signal(flag)
-        block.store(self.hs.at[t, rows, units], jnp.where(live, new_h, 0.0))
+        block.store(self.hs.at[t, held, units], jnp.where(live, new_h, 0.0))
         if self.before is not None:
             block.store(self.before.at[t, rows, units], start)
             for place, gate in zip(places, gates, strict=True):

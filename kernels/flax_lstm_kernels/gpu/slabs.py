@@ -93,12 +93,28 @@ class Block(NamedTuple):
     arrived: Any
 
     def load(self, ref: Any, bits: Any = None) -> Any:
-        """Loads `[N, 16]` as float32; the bits may be those of another dtype."""
-        value = ref[...] if self.plain else compat.load(ref, self.cut.layout())
+        """Loads `[N, 16]` as float32; the bits may be those of another dtype.
+
+        Of `[16]`, which is one row, N.
+        """
+        layout = self.cut.layout()
+        if len(ref.shape) == 1:
+            value = ref[...] if self.plain else compat.load(ref, layout.reduce(0))
+            value = lax.broadcast_in_dim(value, (self.cut.rows, UNITS), (1,))
+            value = value if self.plain else plgpu.layout_cast(value, layout)
+        else:
+            value = ref[...] if self.plain else compat.load(ref, layout)
         return widened(value, bits)
 
     def store(self, ref: Any, value: Any) -> None:
-        """Stores `[N, 16]` into any memory, in its dtype."""
+        """Stores `[N, 16]` into any memory, in its dtype; into `[16]` the first row."""
+        if len(ref.shape) == 1:
+            here = self.sums.at[:, pl.ds(0, UNITS)]
+            plgpu.commit_smem()  # by all warps: each has read its sums
+            self.store(here, value)
+            plgpu.commit_smem()
+            row, layout = here.at[0], self.cut.layout().reduce(0)
+            value = row[...] if self.plain else compat.load(row, layout)
         compat.store(ref, value.astype(ref.dtype))
 
     def per_row(self, ref: Any) -> Any:

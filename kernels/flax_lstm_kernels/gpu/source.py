@@ -18,10 +18,11 @@ class Piece(NamedTuple):
     """What a kernel forward is given where nothing is kept.
 
     Attributes:
-      hs: Reference to `[T, N, P]`, to be written in place.
-      planes: Reference to `[S, N, P]` with the gates before activation, in the dtype of
-        hs; None where that is hs.
-      now: int32, `Cut.first`, `count` and `plane`.
+      hs: Reference to `[T, N, P]`, to be written in place; of one row, where the kernel
+        writes no other, `[T, 1, P]`.
+      planes: Reference to `[S, N, P]`, or `[S, 1, P]`, with the gates before
+        activation, in the dtype of hs; None where that is hs.
+      now: int32, `Cut.first`, `count`, `plane` and `apart`.
       count: Steps of this piece.
     """
 
@@ -38,20 +39,22 @@ class Span(NamedTuple):
       gates: Reference to the gates of all steps `[T, N, 4, P]`, or to planes.
       first: The first step.
       count: How many there are.
-      plane: The first plane; None where there are none.
+      plane: That of gate i of the first step; None where there are no planes.
+      apart: How many planes later that of the next gate is.
     """
 
     gates: Any
     first: Any
     count: Any
     plane: Any = None
+    apart: Any = None
 
     @classmethod
     def of(cls, gates: Any, now: Any) -> "Span":
         """Returns the span of a piece, or without one (None) that of all steps."""
         if now is None:
             return cls(gates, 0, gates.shape[0])
-        return cls(gates, now[0], now[1], now[2])
+        return cls(gates, now[0], now[1], now[2], now[3])
 
     def end(self, length: Any) -> Any:
         """Returns how many of the steps a row or tile of this length has."""
@@ -63,7 +66,8 @@ class Span(NamedTuple):
         """Returns where gate n of step t lies."""
         if self.plane is None:
             return self.gates.at[t, rows, n, units]
-        return self.gates.at[self.plane + 4 * (t - self.first) + n, rows, units]
+        plane = self.plane + n * self.apart + t - self.first
+        return self.gates.at[plane, rows, units]
 
 
 class Kind(NamedTuple):
@@ -71,11 +75,11 @@ class Kind(NamedTuple):
 
     Attributes:
       keep: All steps are run, and what the backward pass needs is kept.
-      apart: The planes of a piece are not those of hs.
+      planes: A piece has planes that are not those of hs.
     """
 
     keep: bool
-    apart: bool
+    planes: bool
 
     @classmethod
     def of(cls, source: Any) -> "Kind":
@@ -86,7 +90,7 @@ class Kind(NamedTuple):
     def taken(self, take: Callable[..., Any]) -> tuple[Any, Span]:
         """Takes what `opened` gave; returns hs (None with `keep`)."""
         hs = take(not self.keep)
-        gates = take() if self.keep or self.apart else hs
+        gates = take() if self.keep or self.planes else hs
         return hs, Span.of(gates, take(not self.keep))
 
 

@@ -52,10 +52,10 @@ def forward_body(*refs: Any, cut: Cut, kind: Kind, cuts: bool, plain: bool) -> N
     unit, tile = lax.axis_index("unit"), lax.axis_index("tile")
     rows, units = pl.ds(tile * cut.rows, cut.rows), pl.ds(unit * UNITS, UNITS)
     t, turn = now[0], now[1]
+    of = Forward(span, slabs, lengths, resets, turns, hs, before)
 
     @pl.when(t < ends[tile])
     def run() -> None:
-        of = Forward(span, slabs, lengths, resets, turns, hs, before)
         c, h = of.step(
             block,
             NONE,
@@ -74,7 +74,7 @@ def forward_body(*refs: Any, cut: Cut, kind: Kind, cuts: bool, plain: bool) -> N
     @pl.when(t >= ends[tile])
     def clear() -> None:
         nothing = jnp.zeros_like(block.load(c_state.at[rows, units]))
-        block.store(hs.at[t, rows, units], nothing)
+        block.store(hs.at[t, of.held(rows), units], nothing)
 
 
 def activate_body(*refs: Any, cut: Cut, cuts: bool, plain: bool) -> None:
