@@ -16,6 +16,7 @@ What a part finds is on disk when it has found it:
                          columns as those of `flax-lstm bench`, with the share of what
                          the chip allows, measured in the same run; and plots/
     micro.csv            the operations that a step waits for (`h100_micro.py`)
+    pieces.csv           inference in more and in fewer pieces (`h100_pieces.py`)
     targets.csv          what was asked of the kernels, and what was seen
 
 "float32" means products of tf32 operands, for all that take part; the part
@@ -51,9 +52,11 @@ STAGES = (
     (60, ("environment",)),
     (120, NUMBERS),  # mostly compiling: together they take the machine's cores
     (60, ("numbers-grid-1024",)),  # which wants the device for itself
+    (40, ("numbers-grid-640",)),
     (170, ("race-bfloat16",)),
     (170, ("race-float32",)),
     (60, ("micro",)),
+    (60, ("pieces",)),
     (90, ("race-float16",)),
     (90, ("race-exact",)),
 )
@@ -125,6 +128,13 @@ def micro_part(out: Path, dry: bool) -> None:
         h100_targets.write_csv(out / "micro.csv", rows)
 
 
+def pieces_part(out: Path, dry: bool) -> None:
+    """Times inference in more and in fewer pieces of time."""
+    import h100_pieces
+
+    h100_pieces.pieces_part(race_shapes(dry), out, dry)
+
+
 def race_part(dtype: str, out: Path, dry: bool, *, exact: bool = False) -> None:
     """Times ours against the others in one dtype."""
     import jax
@@ -180,6 +190,7 @@ def run_part(name: str, out: Path, dry: bool) -> None:
     parts: dict[str, Callable[[], None]] = {
         "environment": lambda: environment_part(out, dry),
         "micro": lambda: micro_part(out, dry),
+        "pieces": lambda: pieces_part(out, dry),
         "race-exact": lambda: race_part("float32", out / name, dry, exact=True),
     }
     kind, _, which = name.partition("-")

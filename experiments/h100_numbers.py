@@ -55,6 +55,7 @@ CASES = (
     Case("cluster", 21, 70, 64, 256),
     Case("cluster", 21, 33, 64, 512),
     Case("grid", 13, 40, 64, 1024),
+    Case("grid", 101, 1, 64, 640),  # whose row is not filled up
     Case("step", 7, 40, 64, 2048),
 )
 DRY = ("single-64", "cluster-256")

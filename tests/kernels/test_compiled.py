@@ -35,9 +35,10 @@ for shape in MORE[target]:
     asked += [((32, *shape[1:]), "gradient", 0)]
 for shape in ABOVE.get(target, ())[:1]:
     asked += [((128, *shape[1:]), "gradient", 0)]
-    # A piece filled up: inputs, four planes and hs of 16 steps of 8 rows, and states.
-    piece = (1 + 4 + 1) * 16 * 8 * shape[-1] * 2 / 2**20
-    asked += [(shape, "forward", piece + 0.25)]
+    # Of one row the planes of 16 steps are apart. Its states are filled up to 8: c in
+    # four bytes and h in two, both before and after, and h as operand, twice.
+    states = 8 * (2 * (4 + 2) + 2 * 2)
+    asked += [(shape, "forward", (4 * 16 * 2 + states) * shape[-1] / 2**20)]
 for shape, mode, above in asked:
     peaks = [
         planned(target, shape, name, mode, place, lengths).peak_memory_in_bytes / 2**20
@@ -90,8 +91,8 @@ def test_the_kernel_takes_no_more_memory_than_the_scan(
 ):
     """On a TPU, inputs and outputs of no whole lanes, few rows; on an H100, in pieces.
 
-    There also one row, of which a piece is filled up. Without lengths, where a scan
-    copies nothing.
+    There also one row, whose states are filled up. Without lengths, where a scan copies
+    nothing.
     """
     del compiler  # for the fixture
     vendor, _ = importlib.import_module("compile_kernels").TARGETS[target]

@@ -273,19 +273,31 @@ def test_a_sequence_in_pieces_has_the_values_of_numpy(
     assert not got.raced
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+WITHIN, APART = True, False  # hs
+
+
+@pytest.mark.parametrize(
+    ("steps", "reverse", "rows_of_hs", "pieces"),
+    [
+        (85, False, 1, [(16, WITHIN), *[(16, APART)] * 4, (5, APART)]),
+        (85, True, 1, [(16, WITHIN), *[(16, APART)] * 4, (5, APART)]),
+        (13, True, 1, [(8, APART), (5, APART)]),
+        (5, False, 8, [(5, APART)]),  # less than `project` has in a tile
+    ],
+)
 @pytest.mark.kernels("interpreted")
 def test_one_row_in_pieces_is_not_filled_up_and_has_the_values_of_numpy(
-    reverse, monkeypatch
+    steps, reverse, rows_of_hs, pieces, monkeypatch
 ):
-    """One within hs, four apart, and one that has fewer steps; past the length, too."""
-    given = problem((85, 1, 2, 64), "float32")
+    """Nor are its last three steps, past its length, anything but 0."""
+    given = problem((steps, 1, 2, 64), "float32")
     *arguments, _, resets = given.arguments
-    given = given._replace(arguments=(*arguments, jnp.int32([82]), resets))
+    lengths = jnp.int32([steps - 3])
+    given = given._replace(arguments=(*arguments, lengths, resets))
     seen = []
 
     def watched(source, *arrays, **options):
-        seen.append((source.hs.shape, source.count, source.planes is None))
+        seen.append((source.hs.shape[1], source.count, source.planes is None))
         return step.forward_pass(source, *arrays, **options)
 
     monkeypatch.setitem(gpu.FORWARD, "step", watched)
@@ -294,7 +306,7 @@ def test_one_row_in_pieces_is_not_filled_up_and_has_the_values_of_numpy(
         arguments[1:4],
         arguments[0],
         arguments[4:],
-        lengths=jnp.int32([82]),
+        lengths=lengths,
         resets=resets,
         reverse=reverse,
         keep_order=True,
@@ -302,8 +314,7 @@ def test_one_row_in_pieces_is_not_filled_up_and_has_the_values_of_numpy(
     for value, true in zip(got.values[:3], (want.outputs, want.c, want.h), strict=True):
         assert reference.error(value, true) < BARS["float32"][0]
     assert not got.raced
-    pieces = [(16, True), *[(16, False)] * 4, (5, False)]
-    assert seen == [((85, 1, 64), *piece) for piece in pieces]
+    assert seen == [(rows_of_hs, *piece) for piece in pieces]
 
 
 @pytest.mark.parametrize(

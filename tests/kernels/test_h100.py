@@ -167,7 +167,7 @@ def test_a_dry_run_judges_the_interpreted_kernel(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, EXPERIMENTS / "h100.py", "--dry", "--out", tmp_path),
-            *("--parts", "environment", "numbers-single-64", "micro"),
+            *("--parts", "environment", "numbers-single-64", "micro", "pieces"),
         ],
         capture_output=True,
         text=True,
@@ -179,3 +179,6 @@ def test_a_dry_run_judges_the_interpreted_kernel(tmp_path):
     assert {row["ok"] for row in rows} == {"True"}
     assert len(rows) == 12  # three results, with and without six gradients
     assert "wgmma 8 columns: defined" in done.stdout
+    with (tmp_path / "pieces.csv").open(newline="") as file:
+        apart = [row["steps_apart"] for row in csv.DictReader(file)]
+    assert apart == ["as chosen", "3"]

@@ -38,6 +38,7 @@ from flax_lstm_kernels.gpu.source import Piece
 # Steps whose planes have a memory of their own: so many, or what takes so many bytes.
 LAST = 4
 LAST_BYTES = 4 << 20
+ROW_LAST = 16  # of one row, in whole eights
 # Steps of a copied piece, where there are that many: at least so many, or a sixteenth
 # of all, and as many as have planes of so many bytes. By estimate, not measured, its
 # launches (3, of few rows 5, in training 7) then take no more time than its steps. In
@@ -86,7 +87,7 @@ def last_steps(steps: int, rows: int, size: int, itemsize: int) -> int:
     (16, 8)
     """
     if rows == 1:
-        return min(steps // EIGHT, 2) * EIGHT
+        return min(steps, ROW_LAST) // EIGHT * EIGHT
     return min(steps, max(1, min(LAST, LAST_BYTES // (4 * rows * size * itemsize))))
 
 
