@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kernel_cases import Case, lowered, planes_of
+from kernel_cases import Case, least_steps, lowered
 from sass import time_loop
 
 TARGETS = {"h100": Path(__file__).with_name("h100_target.txt")}
@@ -88,9 +88,8 @@ def compiled(case: Case, place: Any, dump: Path) -> dict[str, Any]:
 
     if case.computes == "project":
         lowered(case, gpu, place).compile()
-        filled, least = planes_of(case)
-        itemsize = jnp.dtype(case.dtype).itemsize
-        cut = Cut.of(least, case.B, filled, case.I, itemsize)
+        least = least_steps(case) * case.B
+        cut = Cut.of(least, case.I, jnp.dtype(case.dtype).itemsize)
         return {"plan": f"rows={cut.rows} vector={cut.vector}"} | costs(dump)
     backward = case.computes == "backward"
     sizes = Sizes(

@@ -28,7 +28,7 @@ from flax_lstm.bench.timing import alternate
 APART = (None, 64, 1 << 20)
 """Steps with memory of their own; None: as chosen. The last is one piece of all."""
 FILLED_UP = (
-    Shape("filled-100", 100, 244, 300, 128, "rows of no whole tile"),
+    Shape("units-100", 250, 244, 128, 100, "units of no whole 64"),
     Shape("row-128", 1, 244, 300, 128, "one row, H 128"),
 )
 

@@ -178,13 +178,11 @@ def functions(
     return backward, (hs, c, c, gates, before, recurrent_kernel, *masks)
 
 
-def planes_of(case: Case) -> tuple[int, int]:
-    """Returns how many rows the planes of a projection have, and its least steps."""
-    from flax_lstm_kernels.gpu.arrange import up
+def least_steps(case: Case) -> int:
+    """Returns the least steps of a projection."""
     from flax_lstm_kernels.gpu.pieces import last_steps
 
-    rows = 1 if case.B == 1 else up(case.B, 8)
-    return rows, last_steps(case.T, rows, case.H, 2)
+    return last_steps(case.T, case.B, case.H, 2)
 
 
 def projection(
@@ -197,16 +195,16 @@ def projection(
     from flax_lstm_kernels.gpu import project, project_operands
     from flax_lstm_kernels.gpu.arrange import UNITS, up
 
-    rows, least = planes_of(case)
     size = up(case.H, UNITS)
 
     def run(x: Any, kernel: Any, bias: Any, planes: Any, now: Any) -> Any:
         ref = compat.in_place(planes)
         weights = project_operands.weights_of_inputs(kernel, bias, size, x.dtype)
-        project.project(x, weights, ref, now, least=least, size=size)
+        options = {"rows": case.B, "least": least_steps(case), "size": size}
+        project.project(x, weights, ref, now, **options)
         return jax.freeze(ref)
 
-    gates, planes = 4 * case.H, like(case.T, rows, size)
+    gates, planes = 4 * case.H, like(case.T * case.B, size)
     x, now = like(case.T, case.B, case.I), like(3, dtype=jnp.int32)
     return run, (x, like(case.I, gates), like(gates), planes, now)
 

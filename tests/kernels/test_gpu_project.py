@@ -18,22 +18,23 @@ from reference import f64
 
 pytestmark = pytest.mark.kernels
 
-# dtype, (T, B, I, H), P, (first step, steps, first plane), S, multiprocessors. Of all
-# but "alone" planes are filled up to 8 rows.
+# dtype, (T, B, I, H), M, P, (first step, steps, first plane), S, least steps,
+# multiprocessors.
 CASES = {
-    "one row, one input": ("bfloat16", (3, 1, 1, 64), 64, (0, 3, 0), 13, 1),
-    "fewer than a tile": ("float16", (2, 5, 7, 50), 64, (1, 1, 4), 9, 1),
-    "two tiles overlap": ("float32", (4, 20, 33, 130), 192, (1, 3, 1), 14, 1),
-    "one chunk": ("float16", (3, 8, 32, 100), 128, (2, 1, 0), 5, 1),
-    "three tiles overlap": ("bfloat16", (2, 130, 34, 64), 64, (0, 2, 0), 8, 1),
-    "the tutorial's": ("bfloat16", (2, 256, 300, 100), 128, (1, 1, 1), 6, 2),
-    "whole tiles": ("float32", (5, 64, 64, 64), 64, (1, 3, 4), 16, 2),
-    "steps joined": ("bfloat16", (9, 8, 33, 64), 64, (2, 6, 0), 24, 2),
-    "steps joined, tiles overlap": ("float32", (7, 24, 40, 64), 64, (1, 5, 2), 23, 2),
-    "alone": ("bfloat16", (40, 1, 34, 64), 64, (3, 32, 5), 135, 1),
-    "alone, tiles overlap": ("float16", (30, 1, 5, 64), 64, (2, 24, 0), 96, 1),
-    "no steps": ("bfloat16", (2, 8, 40, 64), 64, (1, 0, 1), 6, 1),
-}
+    "one input, rows filled up": (
+        *("bfloat16", (3, 1, 1, 64), 8, 64), (0, 3, 0), 13, 3, 1
+    ),
+    "fewer than a tile": ("float16", (2, 4, 7, 50), 8, 64, (1, 1, 4), 9, 1, 1),
+    "tiles overlap": ("float32", (6, 20, 33, 130), 20, 192, (1, 4, 1), 18, 2, 1),
+    "one chunk": ("float16", (3, 8, 32, 100), 8, 128, (2, 1, 0), 5, 1, 1),
+    "of two blocks": ("bfloat16", (5, 130, 34, 64), 130, 64, (1, 4, 1), 17, 4, 2),
+    "the tutorial's": ("bfloat16", (2, 256, 300, 100), 256, 128, (1, 1, 1), 6, 1, 2),
+    "whole tiles": ("float32", (5, 64, 64, 64), 64, 64, (1, 3, 4), 16, 1, 2),
+    "steps in a tile": ("bfloat16", (9, 8, 33, 64), 8, 64, (2, 6, 0), 24, 6, 2),
+    "one row": ("bfloat16", (40, 1, 34, 64), 1, 64, (3, 32, 5), 135, 32, 1),
+    "one row, tiles overlap": ("float16", (30, 1, 5, 64), 1, 64, (2, 24, 0), 96, 16, 2),
+    "no steps": ("bfloat16", (2, 8, 40, 64), 8, 64, (1, 0, 1), 6, 1, 1),
+}  # fmt: skip
 
 
 def given(dtype, shape):
@@ -47,12 +48,12 @@ def given(dtype, shape):
     return tuple(jnp.asarray(array, dtype) for array in (x, kernel, bias))
 
 
-def run(x, kernel, bias, planes, now, *, size, least=1, interpret=None):
-    ref = compat.in_place(planes)
+def run(x, kernel, bias, planes, now, *, rows, size, least=1, interpret=None):
+    ref = compat.in_place(planes.reshape(-1, size))
     weights = weights_of_inputs(kernel, bias, size, x.dtype)
-    options = {"least": least, "size": size, "interpret": interpret}
+    options = {"rows": rows, "least": least, "size": size, "interpret": interpret}
     project.project(x, weights, ref, now, **options)
-    return jax.freeze(ref)
+    return jax.freeze(ref).reshape(planes.shape)
 
 
 def products(x, kernel, bias, size):
@@ -80,20 +81,17 @@ def test_the_planes_of_the_steps_hold_the_product_and_no_other_changes(
     case, monkeypatch
 ):
     """Each value is rounded once; what is not to be read is NaN."""
-    dtype, shape, size, now, count, processors = CASES[case]
+    dtype, shape, held, size, now, count, least, processors = CASES[case]
     monkeypatch.setattr(project, "BLOCKS", processors)
     x, kernel, bias = given(dtype, shape)
     first, steps, plane = now
     rows = shape[1]
-    filled = rows if "alone" in case else -(-rows // 8) * 8
     before = jnp.asarray(
-        np.random.default_rng(1).normal(size=(count, filled, size)), dtype
+        np.random.default_rng(1).normal(size=(count, held, size)), dtype
     )
     live = slice(first, first + steps)
     of_steps = jnp.full_like(x, jnp.nan).at[live].set(x[live])
-    # "overlap": tiles of 2 steps, of 16 steps; else whole ones.
-    least = {"alone, tiles overlap": 16}.get(case, 2 if steps % 2 else max(1, steps))
-    options = {"least": least, "interpret": compat.watched()}
+    options = {"rows": held, "least": least, "interpret": compat.watched()}
     call = jax.jit(partial(run, size=size, **options))
     after = call(of_steps, kernel, bias, before, jnp.int32(now))
     assert not compat.races_found()
@@ -116,7 +114,7 @@ def test_what_two_chunks_share_counts_once_also_where_it_is_infinite(what):
     else:
         kernel = kernel.at[10, 5].set(-jnp.inf)
     planes = jnp.zeros((4, 8, 64))
-    call = jax.jit(partial(run, size=64, interpret=True))
+    call = jax.jit(partial(run, rows=8, size=64, interpret=True))
     got = call(x, kernel, bias, planes, jnp.int32([0, 1, 0]))
     wanted, _ = products(x, kernel, bias, 64)
     infinite = np.isinf(wanted[:, 0])
@@ -133,16 +131,17 @@ def test_pieces_in_a_loop_of_xla_are_one_kernel():
     x, kernel, bias = given("bfloat16", (5, 9, 3, 64))
 
     def all_steps(x, kernel, bias):
-        ref = compat.in_place(jnp.zeros((20, 16, 64), x.dtype))
+        ref = compat.in_place(jnp.zeros((20 * 16, 64), x.dtype))
         weights = weights_of_inputs(kernel, bias, 64, x.dtype)
-        x = inputs_to_project(x)
+        x = inputs_to_project(x, 16)
+        options = {"rows": 16, "least": 1, "size": 64, "interpret": True}
 
         def piece(n, nothing):
             now = jnp.stack([2 * n, jnp.minimum(2, 5 - 2 * n), 8 * n])
-            project.project(x, weights, ref, now, least=1, size=64, interpret=True)
+            project.project(x, weights, ref, now, **options)
 
         jax.lax.fori_loop(0, 3, piece, None)
-        return jax.freeze(ref)
+        return jax.freeze(ref).reshape(20, 16, 64)
 
     pieces = np.split(f64(jax.jit(all_steps)(x, kernel, bias))[:, :9], [8, 16])
     got = [np.split(piece, 4) for piece in pieces]
@@ -151,30 +150,13 @@ def test_pieces_in_a_loop_of_xla_are_one_kernel():
     assert (np.abs(got - wanted) <= 2.0**-8 * np.abs(wanted) + sums_off).all()
 
 
-def test_tiles_have_all_rows_and_only_one_block_has_those_that_overlap():
-    for batch in (*range(8, 200), 256, 1000, 1001):
-        cut = Cut.of(1, batch, -(-batch // 8) * 8 + 8, 300, 2)
-        assert cut.rows % 8 == 0
-        assert cut.rows <= project.MOST_ROWS
-        starts = [min(n * cut.rows, batch - cut.rows) for n in range(cut.tiles)]
-        assert cut.tiles % cut.together == 0
-        end = 0
-        for n in range(0, cut.tiles, cut.together):
-            mine = starts[n : n + cut.together]
-            assert mine[0] == end
-            gaps = np.diff([*mine, mine[-1] + cut.rows])
-            assert gaps.max() <= cut.rows
-            end = mine[-1] + cut.rows
-        assert end == batch
-
-
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_loads_are_aligned_in_every_row(itemsize):
     """And whole for the layout: four warps of `vector` rows, 32 columns."""
     found = set()
     for inner in range(32, 320):
-        for batch in (8, 16, 24, 64):
-            cut = Cut.of(1, batch, batch, inner, itemsize)
+        for least in (8, 16, 24, 64, 1000):
+            cut = Cut.of(least, inner, itemsize)
             assert inner % cut.vector == 0
             assert cut.vector * itemsize <= 16
             assert cut.rows % (8 if cut.vector == 1 else 4 * cut.vector) == 0
@@ -193,11 +175,11 @@ def test_loads_are_aligned_in_every_row(itemsize):
 def test_it_lowers_for_a_gpu_and_copies_no_inputs(dtype, shape):
     """Smoke, but for the copies: Mosaic's lowering takes it."""
     steps, rows, inner, hidden = shape
-    sizes = (shape[:3], (inner, 4 * hidden), (4 * hidden,), (8, 64, hidden))
+    sizes = (shape[:3], (inner, 4 * hidden), (4 * hidden,), (8, rows, hidden))
     arrays = [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
     arrays.append(jax.ShapeDtypeStruct((3,), jnp.int32))
     exported = jax.export.export(
-        jax.jit(partial(run, size=hidden)),
+        jax.jit(partial(run, rows=rows, least=2, size=hidden)),
         platforms=["cuda"],
         disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")],
     )

@@ -31,15 +31,17 @@ from flax_lstm_kernels.gpu import (
 )
 from flax_lstm_kernels.gpu.arrange import (
     fill,
+    from_tiles,
     gates_apart,
     gates_joined,
+    in_tiles,
     kept_dtype,
     projected,
     recurrent_weights,
     wide_weights,
 )
 from flax_lstm_kernels.gpu.common import as_operand
-from flax_lstm_kernels.gpu.pieces import in_pieces, piece_steps
+from flax_lstm_kernels.gpu.pieces import held_rows, in_pieces, piece_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 from flax_lstm_kernels.gpu.project_operands import weights_of_inputs
 
@@ -117,17 +119,21 @@ def forward(
     weights = recurrent_weights(recurrent_kernel.astype(dtype), size)
     if plan.kernel == "step":
         weights = step.slabs_out_in(weights)  # once for all steps and pieces
-    lengths = fill(lengths, 0, filled)
 
     def run(source: Any, *others: Array) -> tuple[Array, ...]:
         return FORWARD[plan.kernel](
             source, weights, *others, reverse=reverse, plan=plan, interpret=interpret
         )
 
-    c = fill(fill(c.astype(jnp.float32), 0, filled), 1, size)
-    h = fill(fill(h.astype(dtype), 0, filled), 1, size)
+    c, h = c.astype(jnp.float32), h.astype(dtype)
     if not keep:
         of_inputs = weights_of_inputs(kernel, bias, size, dtype)
+        held = held_rows(steps, given, plan)
+
+        def tiles(array: Array, axis: int = 0) -> Array:
+            if held == rows:
+                return in_tiles(array, axis, plan.rows)
+            return fill(array, axis, filled)
 
         @partial(jax.jit, static_argnums=3)
         def to_planes(inputs: Array, planes: Any, now: Array, least: int) -> None:
@@ -136,6 +142,7 @@ def forward(
                 of_inputs,
                 planes,
                 now,
+                rows=held,
                 least=least,
                 size=size,
                 interpret=interpret,
@@ -147,17 +154,21 @@ def forward(
             to_planes,
             of_piece,
             inputs,
-            c,
-            h,
-            lengths,
-            resets,
+            fill(tiles(c), 1, size),
+            fill(tiles(h), 1, size),
+            tiles(lengths),
+            tiles(resets, 1) if resets.size else resets,
             hidden,
-            one_row=plan.kernel in ("grid", "step"),
+            held=held,
             reverse=reverse,
         )
+        if held == rows:
+            c, h = (from_tiles(array, rows, plan.rows) for array in (c, h))
         gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
         before = jnp.zeros((0, 0, hidden), jnp.float32)
         return hs, c[:rows, :hidden], h[:rows, :hidden], gates, before
+    lengths = fill(lengths, 0, filled)
+    c, h = (fill(fill(array, 0, filled), 1, size) for array in (c, h))
     of_inputs = wide_weights(kernel, bias, size, dtype)
 
     def of_steps(sequences: Any, state: Any, *masks: Array) -> Any:

@@ -37,6 +37,39 @@ def fill(array: Shaped[Array, "..."], axis: int, size: int) -> Shaped[Array, "..
     return jnp.pad(array, widths)
 
 
+def in_tiles(array: Shaped[Array, "..."], axis: int, rows: int) -> Shaped[Array, "..."]:
+    """Puts the batch into whole tiles, of which the last one ends at the last row.
+
+    It has some rows of the tile before it once more. Fewer rows than a tile are filled
+    up.
+
+    >>> in_tiles(jnp.arange(5), 0, 2).tolist(), in_tiles(jnp.arange(1), 0, 2).tolist()
+    ([0, 1, 2, 3, 3, 4], [0, 0])
+    """
+    batch = array.shape[axis]
+    if batch < rows:
+        return fill(array, axis, rows)
+    if batch % rows == 0:
+        return array
+    whole = lax.slice_in_dim(array, 0, batch - batch % rows, axis=axis)
+    last = lax.slice_in_dim(array, batch - rows, batch, axis=axis)
+    return lax.concatenate([whole, last], axis)
+
+
+def from_tiles(
+    array: Shaped[Array, "N *K"], batch: int, rows: int
+) -> Shaped[Array, "B *K"]:
+    """Undoes `in_tiles` of the first axis.
+
+    >>> from_tiles(jnp.arange(6), 5, 2).tolist()
+    [0, 1, 2, 3, 5]
+    """
+    left = batch % rows
+    if batch < rows or not left:
+        return array[:batch]
+    return lax.concatenate([array[: batch - left], array[len(array) - left :]], 0)
+
+
 def gates_apart(array: Shaped[Array, "*K G"], size: int) -> Shaped[Array, "*K 4 P"]:
     """Splits the last axis into gates and units, and fills up the units."""
     *lead, width = array.shape

@@ -74,6 +74,7 @@ def body(
     tile, (rank, group) = lax.axis_index("tile"), team.place()
     batch = pl.ds(tile * rows, rows)
     units = pl.ds((rank * team.groups + group) * WIDTH, WIDTH)
+    held = span.rows(tile, rows)
     end = span.end(ends_ref[tile])
     dtype = h_pair.dtype
     registers, values = Registers(plain), Tiles(plain)
@@ -86,7 +87,7 @@ def body(
     def given(k: Any) -> tuple[Any, ...]:
         """Loads the gates before activation; of a step there is not, those of one."""
         t = jnp.clip(time(k), span.first, span.first + span.count - 1)
-        places = [span.gate(t, batch, n, units) for n in range(4)]
+        places = [span.gate(t, held, n, units) for n in range(4)]
         return tuple(values.load(place, dtype) for place in places)
 
     def weights_from(k: Any, nothing: None) -> None:
@@ -151,11 +152,12 @@ def body(
         part = EIGHT * WIDTH * dtype.itemsize
         copies = [Copy(at, at, other, part) for other in peers for at in places]
         exchange.publish(k, h_pair, h_pair, copies, part * len(copies))
-        values.store(hs_ref.at[t, batch, units], jnp.where(live, h, 0.0))
+        place = span.place(hs_ref, t, held, units)
+        values.store(place, jnp.where(live, h, 0.0))
         if keep:
             values.store(before_ref.at[t, batch, units], c_start)
             for n, gate in enumerate(gates):
-                values.store(span.gate(t, batch, n, units), gate)
+                values.store(span.gate(t, held, n, units), gate)
         # Of the last step too: a branch here would cost more, in every step.
         exchange.wait(k)
         return c, h, z_next
@@ -166,7 +168,7 @@ def body(
 
     def clear(k: Any, nothing: None) -> None:
         t = span.first + k
-        values.store(hs_ref.at[t, batch, units], jnp.zeros_like(h))
+        values.store(span.place(hs_ref, t, held, units), jnp.zeros_like(h))
 
     lax.fori_loop(end, span.count, clear, None)
     exchange.finish()

@@ -86,6 +86,7 @@ def forward_body(
 
     def tile(number: Any, end: Any, passed: Any) -> None:
         rows = pl.ds(number * cut.rows, cut.rows)
+        held = span.rows(number, cut.rows)
 
         def step(k: Any, carry: Any) -> Any:
             c, h = carry
@@ -95,6 +96,7 @@ def forward_body(
                 t=span.first + (end - 1 - k if reverse else k),
                 turn=lax.rem(k, 2),
                 rows=rows,
+                held=held,
                 unit=unit,
                 flag=flag,
                 count=(passed + k) * members,
@@ -112,7 +114,7 @@ def forward_body(
         block.store(h_last.at[rows, units], h)
 
         def clear(k: Any, nothing: None) -> None:
-            place = hs.at[span.first + k, of.held(rows), units]
+            place = span.place(hs, span.first + k, held, units)
             block.store(place, jnp.zeros_like(c))
 
         lax.fori_loop(end, span.count, clear, None)

@@ -2,7 +2,7 @@
 
 x W + b of all steps is four times as wide as the outputs hs, and nothing of it is kept:
 a scan has it of one step only. Here a piece of the steps is projected at a time, into
-planes `[N, P]`, four for a step: into that part of hs which later pieces will write, as
+planes `[M, P]`, four for a step: into that part of hs which later pieces will write, as
 long as there is any. A fifth of the steps that are left fits there each time; the last
 few have a small memory of their own. Inputs and outputs are nearly all the memory then.
 
@@ -10,15 +10,14 @@ A piece is two launches, `project` and the kernel, and there are few: 17 of 244 
 Which steps they are is an argument, so that all pieces run the same two programs. A
 gate's planes of all steps lie together, as a product of them all would.
 
-Of one row, `grid` and `step` have planes `[1, P]`, and nothing is filled up. Where else
-rows or units have to be, hs is not what the caller gets, and of a few
-rows it would be many times that. Such sequences run in pieces that are alike, in a
-loop, each with planes and hs of its own, which is then copied; so does their training,
-forward and backward, whose inputs are copied too (`piece_steps`). Only a piece is then
-filled up.
+Rows of no whole tile are not filled up (`held_rows`). Where units have to be, or rows,
+hs is not what the caller gets, and of a few rows it would be many times that. Such
+sequences run in pieces that are alike, in a loop, each with planes and hs of its own,
+which is then copied; so does their training, forward and backward, whose inputs are
+copied too (`piece_steps`). Only a piece is then filled up.
 
 Axes     T time, B batch, H hidden size; N and P the same in whole tiles of the batch
-         and whole groups of units; S planes.
+         and whole groups of units; M rows of planes and hs, B or filled up; S planes.
 """
 
 import math
@@ -32,6 +31,8 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from flax_lstm_kernels import compat
 from flax_lstm_kernels.copied import in_copies
+from flax_lstm_kernels.gpu.arrange import up
+from flax_lstm_kernels.gpu.plan import Plan
 from flax_lstm_kernels.gpu.project_operands import EIGHT, copies
 from flax_lstm_kernels.gpu.source import Piece
 
@@ -78,34 +79,68 @@ class Cut(NamedTuple):
         return jnp.array([self.first, self.count, plane, self.apart], jnp.int32)
 
 
+def in_eights(rows: int) -> int:
+    """Returns of how many steps the rows are whole eights, which `project` writes.
+
+    >>> in_eights(16), in_eights(100), in_eights(1)
+    (1, 2, 8)
+    """
+    return EIGHT // math.gcd(EIGHT, rows)
+
+
+def held_rows(steps: int, given: tuple[int, int], plan: Plan) -> int:
+    """Returns M: B, but where a tile, its copies or `project` need rows filled up.
+
+    Args:
+      steps: T.
+      given: B and H.
+      plan: Of the kernel.
+
+    >>> single = Plan("single", rows=8, stages=4)
+    >>> held_rows(244, (100, 128), single), held_rows(244, (1, 128), single)
+    (100, 8)
+    """
+    rows, hidden = given
+    fits = rows >= plan.rows or (rows == 1 and plan.kernel in ("grid", "step"))
+    if rows % EIGHT:
+        fits &= plan.size(hidden) == hidden and steps >= in_eights(rows)
+        # TMA, by which `single` writes hs, wants the rows of all steps in whole eights.
+        fits &= plan.kernel != "single" or steps * rows % EIGHT == 0
+    return rows if fits else up(rows, plan.rows)
+
+
 def last_steps(steps: int, rows: int, size: int, itemsize: int) -> int:
-    """Returns how many steps at the end have planes apart; of one row in eights.
+    """Returns how many steps at the end have planes apart.
+
+    Args:
+      steps: T, at least `in_eights`.
+      rows: M.
+      size: P.
+      itemsize: Bytes of the computation dtype.
 
     >>> last_steps(244, 256, 128, 2), last_steps(244, 1024, 256, 2)
     (4, 2)
     >>> last_steps(244, 1, 1024, 2), last_steps(13, 1, 1024, 2)
     (16, 8)
     """
-    if rows == 1:
-        return min(steps, ROW_LAST) // EIGHT * EIGHT
-    return min(steps, max(1, min(LAST, LAST_BYTES // (4 * rows * size * itemsize))))
+    last = ROW_LAST if rows == 1 else LAST
+    last = min(last, LAST_BYTES // (4 * rows * size * itemsize), steps)
+    multiple = in_eights(rows)
+    return max(1, last // multiple) * multiple
 
 
-def cuts(steps: int, last: int, *, one_row: bool, reverse: bool) -> list[Cut]:
+def cuts(steps: int, last: int, multiple: int, *, reverse: bool) -> list[Cut]:
     """Cuts time into pieces, in the order in which they run.
 
-    The tiles of `project` take `last` steps at least, and of one row whole eights. So
-    for the last piece, which may have fewer, some steps before it are projected again.
+    What `project` runs over is `last` steps at least, and a `multiple`. So for the last
+    piece, which may have fewer, some steps before it are projected again.
 
-    >>> options = {"one_row": False, "reverse": False}
-    >>> [(cut.first, cut.count, cut.plane) for cut in cuts(27, 4, **options)]
+    >>> [(cut.first, cut.count, cut.plane) for cut in cuts(27, 4, 1, reverse=False)]
     [(0, 5, 5), (5, 4, 9), (9, 4, 0), (13, 4, 0), (17, 4, 0), (21, 4, 0), (25, 2, 0)]
     """
     found, left = [], steps
     while left:
-        fits = left // 5
-        if one_row:
-            fits -= fits % EIGHT
+        fits = left // 5 // multiple * multiple
         within = fits >= last
         count = fits if within else min(left, last)
         left -= count
@@ -124,10 +159,10 @@ def in_pieces(
     c: Float[Array, "N P"],
     h: Float[Array, "N P"],
     lengths: Int[Array, " N"],
-    resets: Shaped[Array, "T B"] | Shaped[Array, "0 0"],
+    resets: Shaped[Array, "T N"] | Shaped[Array, "0 0"],
     hidden: int,
     *,
-    one_row: bool,
+    held: int,
     reverse: bool,
 ) -> tuple[Array, Array, Array]:
     """Projects and runs piece by piece, the state going from one to the next.
@@ -142,38 +177,43 @@ def in_pieces(
       lengths: 0 to T.
       resets: Of all steps, or empty.
       hidden: H.
-      one_row: The kernel can run with planes and hs of one row, not of eight.
+      held: M, from `held_rows`.
       reverse: The last steps come first.
 
     Returns:
       `(hs [T, B, H], c [N, P], h [N, P])`.
     """
-    steps, rows, _ = inputs.shape
-    given, alone = (rows, hidden), one_row and rows == 1 and steps >= EIGHT
-    if (rows if alone else len(h), h.shape[1]) == given:
-        last = last_steps(steps, *given, h.dtype.itemsize)
-        hs, apart = (lax.empty((n, *given), h.dtype) for n in (steps, 4 * last))
-        hs, apart = compat.in_place(hs), compat.in_place(apart)
-        for cut in cuts(steps, last, one_row=alone, reverse=reverse):
+    steps, batch, _ = inputs.shape
+    size, dtype = h.shape[1], h.dtype
+
+    def nothing(steps: int) -> Any:
+        return compat.in_place(lax.empty((steps * held, size), dtype))
+
+    def values(hs: Any) -> Array:
+        return jax.freeze(hs).reshape(-1, held, size)
+
+    if (held, size) == (batch, hidden):
+        last = last_steps(steps, held, size, dtype.itemsize)
+        hs, apart = nothing(steps), nothing(4 * last)
+        for cut in cuts(steps, last, in_eights(held), reverse=reverse):
             project(inputs, hs if cut.within else apart, cut.to_project(), last)
             planes = None if cut.within else apart
-            piece = Piece(hs, planes, cut.to_run(), cut.count)
+            piece = Piece(hs, planes, cut.to_run(), cut.count, held)
             c, h = run(piece, c, h, lengths, resets)
-        return jax.freeze(hs), c, h
+        return values(hs), c, h
 
     def filled_up(sequences: Any, state: Any, *masks: Array) -> Any:
         some, numbers = sequences
         count = len(numbers)
-        hs, planes = (lax.empty((n, *h.shape), h.dtype) for n in (count, 4 * count))
-        hs, planes = compat.in_place(hs), compat.in_place(planes)
+        hs, planes = nothing(count), nothing(4 * count)
         cut = Cut(0, count, 0, 0, count, within=False)
         now = cut.to_project()
-        if copies(inputs):  # as `project` would of all of them
+        if copies(inputs, held):  # as `project` would of all of them
             project(some, planes, now, count)
         else:
             project(inputs, planes, now.at[0].set(numbers[0]), count)
-        state = run(Piece(hs, planes, cut.to_run(), count), *state, *masks)
-        return (jax.freeze(hs)[:, :rows, :hidden],), state
+        state = run(Piece(hs, planes, cut.to_run(), count, held), *state, *masks)
+        return (values(hs)[:, :batch, :hidden],), state
 
     (hs,), (c_last, h_last) = in_copies(
         filled_up,
@@ -181,8 +221,10 @@ def in_pieces(
         (c, h),
         lengths,
         resets,
-        results=[jax.ShapeDtypeStruct((steps, *given), h.dtype)],
-        size=piece_steps(steps, given, h.shape, h.dtype.itemsize, keep=False),
+        results=[jax.ShapeDtypeStruct((steps, batch, hidden), dtype)],
+        size=piece_steps(
+            steps, (batch, hidden), (held, size), dtype.itemsize, keep=False
+        ),
         reverse=reverse,
     )
     return hs, c_last, h_last
@@ -205,7 +247,7 @@ def piece_steps(
     Args:
       steps: T.
       given: B and H.
-      filled: N and P.
+      filled: N and P; of inference M and P.
       itemsize: Bytes of the computation dtype.
       keep: For training.
 

@@ -6,13 +6,11 @@ For n = 0 .. 3, k = 0 .. steps-1:
 What a product of XLA cannot do: it reads the inputs of a piece of time where they are,
 and writes where there is room, here, in place, and in the order i f g o of gates.
 
-Axes     T time, B batch, I input size, P hidden size in whole 64s; S planes of N rows.
-Tiles    Of `rows` rows, of all steps joined where planes have no other rows than B, and
-         of one step where they have. The last one ends at the last row. What it then
-         has twice, and the tile before it, too, is of all steps whole eights, and not
-         written again; of a step, where it may not be, the same block has both
-         (`Cut.together`), and writes the same again.
-Grid     (units in 64s, blocks that stay). Each block has every so-manyth tile.
+Axes     T time, M rows of a step in inputs and planes, a row of all steps after the
+         other; I input size, P hidden size in whole 64s; S planes.
+Grid     (units in 64s, blocks that stay). A tile is `rows` rows of all; each block has
+         every so-manyth. The last one ends at the last row. What it then has of the one
+         before it is whole eights, and not written again.
 Threads  One warpgroup, which computes z^T `[64, rows]` of four gates.
 Chunks   Of 32 inputs. The last ends at the last input; what the one before has had of
          it is set to 0, as are the weights for it (of an Inf, 0 times is NaN).
@@ -41,7 +39,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.arrange import UNITS, up
+from flax_lstm_kernels.gpu.arrange import UNITS
 from flax_lstm_kernels.gpu.cluster_tiles import WIDTH, tiles
 from flax_lstm_kernels.gpu.common import (
     Registers,
@@ -69,64 +67,30 @@ class Cut(NamedTuple):
     """How the inputs are cut up.
 
     Attributes:
-      batch: B.
-      filled: N.
       inner: I.
       rows: Of a tile.
       vector: Inputs that a thread loads at once.
     """
 
-    batch: int
-    filled: int
     inner: int
     rows: int
     vector: int
 
     @classmethod
-    def of(
-        cls, least: int, batch: int, filled: int, inner: int, itemsize: int
-    ) -> "Cut":
-        """Chooses for `least` steps or more, of B rows of I inputs.
+    def of(cls, least: int, inner: int, itemsize: int) -> "Cut":
+        """Chooses for `least` rows or more, of I inputs.
 
-        >>> Cut.of(4, 256, 256, 300, 2), Cut.of(1, 20, 24, 33, 4)
-        (Cut(batch=256, filled=256, inner=300, rows=64, vector=4), \
-Cut(batch=20, filled=24, inner=33, rows=16, vector=1))
-        >>> Cut.of(4, 8, 8, 64, 2).rows, Cut.of(16, 1, 1, 64, 2).rows
-        (32, 16)
+        >>> Cut.of(1024, 300, 2), Cut.of(16, 33, 4)
+        (Cut(inner=300, rows=64, vector=4), Cut(inner=33, rows=16, vector=1))
         """
-        if batch == filled:
-            rows = min(MOST_ROWS, least * batch)
-        else:
-            rows = up(-(-batch // -(-batch // MOST_ROWS)), 2 * EIGHT)  # tiles alike
-            rows = min(rows, batch // EIGHT * EIGHT)
+        rows = min(MOST_ROWS, least)
         # A load of 16 bytes at the most, aligned in every row; four warps' rows.
         fits = (
             vector
             for vector in (8, 4, 2)
             if vector * itemsize <= 16 and inner % vector == 0 == rows % (4 * vector)
         )
-        return cls(batch, filled, inner, rows, next(fits, 1))
-
-    @property
-    def joined(self) -> bool:
-        """Says whether the rows of all steps are cut up together."""
-        return self.batch == self.filled
-
-    @property
-    def tiles(self) -> int:
-        """Returns the number of tiles of a step."""
-        return -(-self.batch // self.rows)
-
-    @property
-    def together(self) -> int:
-        """Returns how many tiles in a row a block has: both of two that overlap.
-
-        >>> [Cut.of(1, rows, 136, 32, 2).together for rows in (128, 100, 129)]
-        [1, 2, 3]
-        """
-        if self.joined or self.batch % self.rows == 0:
-            return 1
-        return 2 if self.tiles % 2 == 0 else self.tiles
+        return cls(inner, rows, next(fits, 1))
 
 
 def layout(width: int, vector: int) -> Any:
@@ -145,7 +109,8 @@ def layout(width: int, vector: int) -> Any:
 class Block(NamedTuple):
     """What a block is given, its scratch, and what it does with it.
 
-    It has the tiles, or as many `together`, from number `first` on that are `apart`.
+    It has the tiles from number `first` on that are `apart`. `now` is the first row,
+    how many there are, and where the first of gate i goes.
     """
 
     cut: Cut
@@ -169,35 +134,14 @@ class Block(NamedTuple):
             return ref[...]
         return compat.load(ref, layout(ref.shape[-1], vector))
 
-    def place(self, m: Any) -> tuple[Any, Any, Any]:
-        """Returns where the block's m-th tile begins, and what it need not write.
+    def row(self, m: Any) -> tuple[Any, Any]:
+        """Returns the first row of the block's m-th tile, and what need not be written.
 
-        Among the rows of all inputs from the first step on, `[T B, I]`; among those of
-        the planes of a gate; and how many rows the tile before it has, too.
+        Those are the rows that the tile before has, too.
         """
-        cut, together = self.cut, self.cut.together
-        number = self.first + lax.div(m, together) * self.apart
-        if cut.joined:
-            row = jnp.minimum(number * cut.rows, self.now[1] * cut.batch - cut.rows)
-            return row, row, number * cut.rows - row
-        number = number * together + lax.rem(m, together)
-        step = lax.div(number, cut.tiles)
-        row = lax.rem(number, cut.tiles) * cut.rows
-        row = jnp.minimum(row, cut.batch - cut.rows)
-        return step * cut.batch + row, step * cut.filled + row, 0
-
-    def eight(self, row: Any, n: int) -> Any:
-        """Returns where eight rows of gate n lie, from one among those of its planes.
-
-        They are of one step, or of eight.
-        """
-        units, filled = pl.ds(self.group * UNITS, UNITS), self.cut.filled
-        first = self.now[2] + n * self.now[1]
-        if filled == 1:
-            return self.planes.at[pl.ds(first + row, EIGHT), 0, units]
-        return self.planes.at[
-            first + lax.div(row, filled), pl.ds(lax.rem(row, filled), EIGHT), units
-        ]
+        wanted = (self.first + m * self.apart) * self.cut.rows
+        row = jnp.minimum(wanted, self.now[1] - self.cut.rows)
+        return row, wanted - row
 
     @property
     def turned(self) -> bool:
@@ -206,8 +150,8 @@ class Block(NamedTuple):
 
     def given(self, m: Any, chunk: Any) -> Any:
         """Loads a chunk of the inputs of the m-th tile."""
-        row, _, _ = self.place(m)
-        rows = pl.ds(self.now[0] * self.cut.batch + row, self.cut.rows)
+        row, _ = self.row(m)
+        rows = pl.ds(self.now[0] + row, self.cut.rows)
         start = jnp.minimum(chunk * WIDTH, self.cut.inner - WIDTH)
         return self.load(self.inputs.at[rows, pl.ds(start, WIDTH)], self.cut.vector)
 
@@ -233,13 +177,9 @@ class Block(NamedTuple):
     def run(self) -> None:
         """Projects all tiles of the block."""
         chunks, _ = cut_inputs(self.cut.inner)
-        together = self.cut.together
-        number = self.now[1] * (self.cut.tiles // together)
-        if self.cut.joined:
-            rows = self.now[1] * self.cut.batch
-            number = lax.div(rows + self.cut.rows - 1, self.cut.rows)
-        number = number - self.first
-        mine = lax.div(jnp.maximum(number + self.apart - 1, 0), self.apart) * together
+        tiles = lax.div(self.now[1] + self.cut.rows - 1, self.cut.rows)
+        left = jnp.maximum(tiles - self.first, 0)
+        mine = lax.div(left + self.apart - 1, self.apart)
         total = mine * chunks
 
         def fetch(count: Any, nothing: None = None) -> None:
@@ -317,14 +257,17 @@ class Block(NamedTuple):
             for n in range(GATES):
                 self.registers.store(self.z_tile.at[n], z[n] + bias[n])
             plgpu.commit_smem()
-            _, row, twice = self.place(m)
+            row, twice = self.row(m)
+            units = pl.ds(self.group * UNITS, UNITS)
             for eight in range(0, self.cut.rows, EIGHT):
 
                 @pl.when(eight >= twice)
                 def write(eight: int = eight) -> None:
                     for n in range(GATES):
+                        first = self.now[2] + n * self.now[1] + row + eight
                         value = self.load(self.z_tile.at[n, pl.ds(eight, EIGHT)], 4)
-                        compat.store(self.eight(row + eight, n), value)
+                        place = self.planes.at[pl.ds(first, EIGHT), units]
+                        compat.store(place, value)
 
             return ahead
 
@@ -336,11 +279,12 @@ class Block(NamedTuple):
             lax.fori_loop(0, mine, partial(tile, bias=bias), ahead)
 
 
-def body(*refs: Any, cut: Cut, blocks: int, plain: bool) -> None:
+def body(*refs: Any, cut: Cut, blocks: int, rows: int, plain: bool) -> None:
     """Runs one block; see the module."""
     now, *rest = refs
     place = lax.axis_index("group"), lax.axis_index("block"), blocks
-    Block(cut, Registers(plain), *place, (now[0], now[1], now[2]), *rest).run()
+    in_rows = now[0] * rows, now[1] * rows, now[2] * rows
+    Block(cut, Registers(plain), *place, in_rows, *rest).run()
 
 
 def project(
@@ -349,6 +293,7 @@ def project(
     planes: Any,
     now: Int[Array, "3"],
     *,
+    rows: int,
     least: int,
     size: int,
     interpret: Any = None,
@@ -359,26 +304,26 @@ def project(
       inputs: In the computation dtype. Copied only as `inputs_to_project` does, which
         a loop may have done before.
       weights: From `weights_of_inputs`.
-      planes: `compat.in_place` of `[S, N, P]` in the computation dtype, with N a
-        multiple of 8; or 1, as B, then a multiple of 8 steps. Of rows from B on nothing
-        is said.
+      planes: `compat.in_place` of `[S M, P]` in the computation dtype.
       now: First step, number of steps, first plane. Gate n of step k, from the first,
         goes to plane `n steps + k`, from the first.
+      rows: M, at least B. The number of steps times M is a multiple of 8.
       least: The number of steps is never less, unless it is 0.
       size: P.
       interpret: Runs on any device: True, or the interpreter's parameters.
     """
-    filled = planes.shape[1]
-    inputs = inputs_to_project(inputs, filled)
-    steps, batch, inner = inputs.shape
+    inputs = inputs_to_project(inputs, rows)
+    steps, _, inner = inputs.shape
     dtype, groups = inputs.dtype, size // UNITS
     turned = multiplied_turned(dtype)
-    cut = Cut.of(least, batch, filled, inner, dtype.itemsize)
+    cut = Cut.of(least * rows, inner, dtype.itemsize)
     # Of 16 bits, a multiprocessor has room for two.
     at_once = BLOCKS * (2 if dtype.itemsize == 2 else 1)
-    blocks = min(max(1, at_once // groups), -(-steps * batch // cut.rows))
+    blocks = min(max(1, at_once // groups), -(-steps * rows // cut.rows))
     run = compat.kernel(
-        partial(body, cut=cut, blocks=blocks, plain=Registers.of(interpret).plain),
+        partial(
+            body, cut=cut, blocks=blocks, rows=rows, plain=Registers.of(interpret).plain
+        ),
         out_type=[],
         scratch_types=[
             tiles((TURNS, cut.rows, WIDTH), dtype),
@@ -394,5 +339,5 @@ def project(
         grid=(groups, blocks),
         grid_names=("group", "block"),
     )
-    rows = inputs.reshape(steps * batch, inner)
-    run(now, planes, rows, weights.kernel, weights.bias)
+    joined = inputs.reshape(steps * rows, inner)
+    run(now, planes, joined, weights.kernel, weights.bias)

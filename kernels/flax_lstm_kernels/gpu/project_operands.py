@@ -59,24 +59,17 @@ def weights_of_inputs(
     return Weights(apart.transpose(0, 3, 2, 4, 1), bias)
 
 
-def copies(inputs: Float[Array, "T B I"]) -> bool:
+def copies(inputs: Float[Array, "T B I"], rows: int) -> bool:
     """Says whether `inputs_to_project` fills anything up."""
-    _, rows, inner = inputs.shape
-    return rows < EIGHT or inner < WIDTH
+    _, batch, inner = inputs.shape
+    return batch < rows or inner < WIDTH
 
 
 def inputs_to_project(
-    inputs: Float[Array, "T B I"], filled: int = EIGHT
-) -> Float[Array, "T K J"]:
-    """Fills up to 32 inputs, and to 8 rows, where there are fewer; else copies nothing.
-
-    Args:
-      inputs: All of them.
-      filled: Rows of a plane; where that is one, it is not filled up.
-    """
-    _, rows, inner = inputs.shape
-    rows = max(rows, min(EIGHT, filled))
-    return fill(fill(inputs, 1, rows), 2, max(inner, WIDTH))
+    inputs: Float[Array, "T B I"], rows: int
+) -> Float[Array, "T M J"]:
+    """Fills up to M rows and 32 inputs, where there are fewer; else copies nothing."""
+    return fill(fill(inputs, 1, rows), 2, max(inputs.shape[2], WIDTH))
 
 
 def cut_inputs(inner: int) -> tuple[int, int]:

@@ -69,6 +69,7 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
     groups = weights.shape[0]
     tile, group = lax.axis_index("tile"), lax.axis_index("group")
     rows, units = pl.ds(tile * plan.rows, plan.rows), pl.ds(group * UNITS, UNITS)
+    held = span.rows(tile, plan.rows)
     end = span.end(ends_ref[tile])
 
     def time(k: Any) -> Any:
@@ -78,7 +79,7 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
         slot = lax.rem(k, plan.stages)
         for n in range(4):
             plgpu.copy_gmem_to_smem(
-                span.gate(time(k), rows, n, units),
+                span.gate(time(k), held, n, units),
                 z_slots.at[slot, group, n],
                 z_ready.at[group * plan.stages + slot],
             )
@@ -121,13 +122,13 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
             for n in range(4):
                 plgpu.copy_smem_to_gmem(
                     out_gates.at[group, n],
-                    span.gate(t, rows, n, units),
+                    span.gate(t, held, n, units),
                     commit_group=False,
                 )
             plgpu.copy_smem_to_gmem(
                 c_tile.at[group], before_ref.at[t, rows, units], commit_group=False
             )
-        plgpu.copy_smem_to_gmem(h_tile.at[group], hs_ref.at[t, rows, units])
+        plgpu.copy_smem_to_gmem(h_tile.at[group], span.place(hs_ref, t, held, units))
 
     def step(k: Any, carry: Any) -> Any:
         c_old, h_old, last = carry
@@ -184,7 +185,7 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
 
     def clear(k: Any, nothing: None) -> None:
         t = span.first + k
-        plgpu.copy_smem_to_gmem(h_tile.at[group], hs_ref.at[t, rows, units])
+        plgpu.copy_smem_to_gmem(h_tile.at[group], span.place(hs_ref, t, held, units))
 
     lax.fori_loop(end, span.count, clear, None)
     plgpu.wait_smem_to_gmem(0)

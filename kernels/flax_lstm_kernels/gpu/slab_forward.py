@@ -30,7 +30,7 @@ class Forward(NamedTuple):
       lengths: `[rows]`.
       resets: `[T, rows]`, or None.
       turns: `[2, rows, P]`, see the file's head.
-      hs: `[T, rows, P]`; of a piece also `[T, 1, P]`, for the first row alone.
+      hs: `[T, rows, P]`, or as in a `Piece`.
       before: `[T, rows, P]`, or None for nothing kept.
     """
 
@@ -48,10 +48,6 @@ class Forward(NamedTuple):
             return None
         return self.slabs.at[pl.ds(unit * 4 * UNITS, 4 * UNITS), :]
 
-    def held(self, rows: Any) -> Any:
-        """Returns where planes and hs have these rows: of one row, only that."""
-        return 0 if self.hs.shape[1] == 1 else rows
-
     def step(
         self,
         block: Any,
@@ -60,6 +56,7 @@ class Forward(NamedTuple):
         t: Any,
         turn: Any,
         rows: Any,
+        held: Any,
         unit: Any,
         flag: Any,
         count: Any,
@@ -74,6 +71,7 @@ class Forward(NamedTuple):
           t: The step.
           turn: Which half of `turns` h is in.
           rows: The rows of the tile.
+          held: The same in gates and hs, see `Span.rows`.
           unit: The number of the block's units.
           flag: The tile's flag.
           count: Its count when h is complete.
@@ -83,7 +81,6 @@ class Forward(NamedTuple):
         units = pl.ds(unit * UNITS, UNITS)
         # Nothing here depends on the other blocks: it is read ahead of the wait.
         dtype = self.hs.dtype
-        held = self.held(rows)
         places = [self.span.gate(t, held, n, units) for n in range(4)]
         z = [block.load(place, dtype) for place in places]
         live = block.per_row(self.lengths.at[rows]) > t
@@ -100,7 +97,8 @@ class Forward(NamedTuple):
         h = jnp.where(live, new_h, h)
         block.store(self.turns.at[1 - turn, rows, units], as_operand(h, dtype))
         flags.signal(flag)
-        block.store(self.hs.at[t, held, units], jnp.where(live, new_h, 0.0))
+        place = self.span.place(self.hs, t, held, units)
+        block.store(place, jnp.where(live, new_h, 0.0))
         if self.before is not None:
             block.store(self.before.at[t, rows, units], start)
             for place, gate in zip(places, gates, strict=True):

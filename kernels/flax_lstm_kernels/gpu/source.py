@@ -1,46 +1,61 @@
 """What a forward kernel runs over: the gates of all steps, or a piece of them.
 
-Axes     T time, N batch in whole tiles, P hidden size in whole groups of units,
-         S planes.
+Axes     T time, N batch in whole tiles, P hidden size in whole groups of units; of a
+         piece, S planes of M rows each: those that the batch has, or more.
+Tiles    Of a piece whose M rows are no whole tiles, the last one ends at the last row,
+         and has some of the rows of the one before. Both compute and write the same.
+         States, lengths and resets are there in tiles (`arrange.in_tiles`).
 """
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from flax_lstm_kernels import compat
 
 
-class Piece(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["hs", "planes", "now", "count"],
+    meta_fields=["rows"],
+)
+@dataclasses.dataclass(frozen=True)
+class Piece:
     """What a kernel forward is given where nothing is kept.
 
     Attributes:
-      hs: Reference to `[T, N, P]`, to be written in place; of one row, where the kernel
-        writes no other, `[T, 1, P]`.
-      planes: Reference to `[S, N, P]`, or `[S, 1, P]`, with the gates before
-        activation, in the dtype of hs; None where that is hs.
+      hs: Reference to `[T M, P]`, to be written in place.
+      planes: Reference to `[S M, P]` with the gates before activation, in the dtype of
+        hs; None where that is hs.
       now: int32, `Cut.first`, `count`, `plane` and `apart`.
       count: Steps of this piece.
+      rows: M. Where they are fewer than a tile, only the first M of it are there.
     """
 
     hs: Any
     planes: Any
     now: Array
-    count: int
+    count: Any  # int, but for jit
+    rows: int
 
 
 class Span(NamedTuple):
     """The steps of a launch, as the kernel sees them.
 
     Attributes:
-      gates: Reference to the gates of all steps `[T, N, 4, P]`, or to planes.
+      gates: Reference to the gates of all steps `[T, N, 4, P]`, or to planes
+        `[S M, P]`.
       first: The first step.
       count: How many there are.
       plane: That of gate i of the first step; None where there are no planes.
       apart: How many planes later that of the next gate is.
+      held: M.
     """
 
     gates: Any
@@ -48,13 +63,14 @@ class Span(NamedTuple):
     count: Any
     plane: Any = None
     apart: Any = None
+    held: int | None = None
 
     @classmethod
-    def of(cls, gates: Any, now: Any) -> "Span":
+    def of(cls, gates: Any, now: Any, held: int | None) -> "Span":
         """Returns the span of a piece, or without one (None) that of all steps."""
         if now is None:
             return cls(gates, 0, gates.shape[0])
-        return cls(gates, now[0], now[1], now[2], now[3])
+        return cls(gates, now[0], now[1], now[2], now[3], held)
 
     def end(self, length: Any) -> Any:
         """Returns how many of the steps a row or tile of this length has."""
@@ -62,12 +78,31 @@ class Span(NamedTuple):
             return length
         return jnp.clip(length - self.first, 0, self.count)
 
+    def rows(self, tile: Any, size: int) -> Any:
+        """Returns the rows of a tile in gates and hs; of one row, that."""
+        first = tile * size
+        if self.held is not None and self.held % size:
+            first = jnp.minimum(first, self.held - size)
+        return 0 if self.held == 1 else pl.ds(first, size)
+
     def gate(self, t: Any, rows: Any, n: int, units: Any) -> Any:
-        """Returns where gate n of step t lies."""
+        """Returns where gate n of step t lies, of rows from `rows`."""
         if self.plane is None:
             return self.gates.at[t, rows, n, units]
         plane = self.plane + n * self.apart + t - self.first
-        return self.gates.at[plane, rows, units]
+        return self.gates.at[self.joined(plane, rows), units]
+
+    def place(self, hs: Any, t: Any, rows: Any, units: Any) -> Any:
+        """Returns where hs of step t lies, of rows from `rows`."""
+        if self.plane is None:
+            return hs.at[t, rows, units]
+        return hs.at[self.joined(t, rows), units]
+
+    def joined(self, step: Any, rows: Any) -> Any:
+        """Returns rows of a step, or plane, among those of all."""
+        if self.held == 1:
+            return step
+        return pl.ds(step * self.held + rows.start, rows.size)
 
 
 class Kind(NamedTuple):
@@ -76,22 +111,26 @@ class Kind(NamedTuple):
     Attributes:
       keep: All steps are run, and what the backward pass needs is kept.
       planes: A piece has planes that are not those of hs.
+      held: M of a piece.
     """
 
     keep: bool
     planes: bool
+    held: int | None
 
     @classmethod
     def of(cls, source: Any) -> "Kind":
         """Describes the gates of all steps, or a `Piece`."""
         piece = isinstance(source, Piece)
-        return cls(not piece, piece and source.planes is not None)
+        if not piece:
+            return cls(keep=True, planes=False, held=None)
+        return cls(keep=False, planes=source.planes is not None, held=source.rows)
 
     def taken(self, take: Callable[..., Any]) -> tuple[Any, Span]:
         """Takes what `opened` gave; returns hs (None with `keep`)."""
         hs = take(not self.keep)
         gates = take() if self.keep or self.planes else hs
-        return hs, Span.of(gates, take(not self.keep))
+        return hs, Span.of(gates, take(not self.keep), self.held)
 
 
 def forward_results(

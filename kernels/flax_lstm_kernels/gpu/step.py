@@ -51,7 +51,7 @@ def forward_body(*refs: Any, cut: Cut, kind: Kind, cuts: bool, plain: bool) -> N
     block = Block(cut, plain, *take.rest)
     unit, tile = lax.axis_index("unit"), lax.axis_index("tile")
     rows, units = pl.ds(tile * cut.rows, cut.rows), pl.ds(unit * UNITS, UNITS)
-    t, turn = now[0], now[1]
+    t, turn, held = now[0], now[1], span.rows(tile, cut.rows)
     of = Forward(span, slabs, lengths, resets, turns, hs, before)
 
     @pl.when(t < ends[tile])
@@ -62,6 +62,7 @@ def forward_body(*refs: Any, cut: Cut, kind: Kind, cuts: bool, plain: bool) -> N
             t=t,
             turn=turn,
             rows=rows,
+            held=held,
             unit=unit,
             flag=0,
             count=0,
@@ -74,7 +75,7 @@ def forward_body(*refs: Any, cut: Cut, kind: Kind, cuts: bool, plain: bool) -> N
     @pl.when(t >= ends[tile])
     def clear() -> None:
         nothing = jnp.zeros_like(block.load(c_state.at[rows, units]))
-        block.store(hs.at[t, of.held(rows), units], nothing)
+        block.store(span.place(hs, t, held, units), nothing)
 
 
 def activate_body(*refs: Any, cut: Cut, cuts: bool, plain: bool) -> None:
