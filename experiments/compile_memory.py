@@ -42,9 +42,9 @@ MORE = {
     "v5e": ((244, 256, 128, 64), (1024, 4, 256, 256)),
     "h100": ((244, 256, 128, 64),),
 }
-# Where inference takes more than the scan: one row, rows of no whole tile, units of no
-# whole 64, and both. They are filled up, in pieces of time.
-ABOVE = {
+# One row, rows of no whole tile, units of no whole 64, and both. Units are filled up,
+# in pieces of time.
+ODD = {
     "h100": (
         (2048, 1, 1024, 1024),
         (244, 100, 300, 128),
@@ -66,7 +66,7 @@ IMPLEMENTATIONS = ("pallas", "scan", "xla")
 
 def shapes_of(target: str) -> list[tuple[int, ...]]:
     """Returns the shapes of a target that are recorded."""
-    return [*SHAPES, *MORE[target], *ABOVE.get(target, ())]
+    return [*SHAPES, *MORE[target], *ODD.get(target, ())]
 
 
 def rows_of(

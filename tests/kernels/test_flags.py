@@ -108,6 +108,7 @@ def forward_events(blocks, steps):
                 t=k,
                 turn=k % 2,
                 rows=ROWS,
+                held=ROWS,
                 unit=block.unit,
                 flag=0,
                 count=k * blocks,

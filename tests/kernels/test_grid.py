@@ -157,7 +157,7 @@ class Counting:
 @pytest.mark.parametrize(
     ("body", "options", "waits"),
     [
-        (grid.forward_body, {"kind": Kind(keep=True, apart=False)}, 2),
+        (grid.forward_body, {"kind": Kind(keep=True, planes=False, held=None)}, 2),
         (grid.backward_body, {}, 2 * 2 + 1),
     ],
     ids=["forward", "backward"],
