@@ -35,8 +35,8 @@ for shape in MORE[target]:
 for shape in ODD.get(target, ())[:1]:
     asked += [((128, *shape[1:]), "gradient", 0)]
     # Of one row the planes of 16 steps are apart, and the bias is there in float32. Its
-    # states are filled up to 8: c in four bytes and h in two, both before and after, and
-    # h as operand, twice.
+    # states are filled up to 8: c in four bytes and h in two, both before and after,
+    # and h as operand, twice.
     states = 8 * (2 * (4 + 2) + 2 * 2)
     asked += [(shape, "forward", (4 * 16 * 2 + 4 * 4 + states) * shape[-1] / 2**20)]
 # Rows of no whole tile, whose sequences are not filled up.

@@ -79,27 +79,27 @@ class Span(NamedTuple):
         return jnp.clip(length - self.first, 0, self.count)
 
     def rows(self, tile: Any, size: int) -> Any:
-        """Returns the rows of a tile in gates and hs; of one row, that."""
+        """Returns the rows of a tile in gates and hs."""
         first = tile * size
         if self.held is not None and self.held % size:
             first = jnp.minimum(first, self.held - size)
-        return 0 if self.held == 1 else pl.ds(first, size)
+        return pl.ds(first, size)
 
     def gate(self, t: Any, rows: Any, n: int, units: Any) -> Any:
-        """Returns where gate n of step t lies, of rows from `rows`."""
+        """Returns where gate n of step t lies, of the rows of a tile."""
         if self.plane is None:
             return self.gates.at[t, rows, n, units]
         plane = self.plane + n * self.apart + t - self.first
         return self.gates.at[self.joined(plane, rows), units]
 
     def place(self, hs: Any, t: Any, rows: Any, units: Any) -> Any:
-        """Returns where hs of step t lies, of rows from `rows`."""
+        """Returns where hs of step t lies, of the rows of a tile."""
         if self.plane is None:
             return hs.at[t, rows, units]
         return hs.at[self.joined(t, rows), units]
 
     def joined(self, step: Any, rows: Any) -> Any:
-        """Returns rows of a step, or plane, among those of all."""
+        """Returns rows of a step, or plane, among those of all; of one row, that."""
         if self.held == 1:
             return step
         return pl.ds(step * self.held + rows.start, rows.size)
