@@ -391,6 +391,20 @@ def test_inference_of_filled_up_sizes_keeps_nothing_and_copies_few_inputs(
     assert {shape[0] for shape in read} == (steps if copied else {64})
 
 
+def test_few_inputs_are_filled_up_for_a_piece_alone(monkeypatch):
+    """To 32, though hs is written in place: of twelve of 64 steps, the most at once."""
+    given, read, unwatched = problem((64, 16, 31, 128), "bfloat16"), [], project.project
+
+    def watched(inputs, *arrays, **options):
+        read.append(inputs.shape)
+        return unwatched(inputs, *arrays, **options)
+
+    monkeypatch.setattr(project, "project", watched)
+    call = partial(forward, reverse=False, keep=False, interpret=True)
+    jax.eval_shape(call, *given.arguments)
+    assert set(read) == {(12, 16, 31)}
+
+
 @pytest.mark.parametrize(
     ("kernel", "steps", "rows", "held"),
     [

@@ -69,9 +69,10 @@ class Cut(NamedTuple):
     apart: int
     within: bool
 
-    def to_project(self) -> Int[Array, "3"]:
-        """Returns what `project` is told."""
-        return jnp.array([self.projected, self.apart, self.plane], jnp.int32)
+    def to_project(self, start: int = 0) -> Int[Array, "3"]:
+        """Returns what `project` is told, whose inputs begin with step `start`."""
+        first = self.projected - start
+        return jnp.array([first, self.apart, self.plane], jnp.int32)
 
     def to_run(self) -> Int[Array, "4"]:
         """Returns what the kernel is told, see `Piece`."""
@@ -195,8 +196,15 @@ def in_pieces(
     if (held, size) == (batch, hidden):
         last = last_steps(steps, held, size, dtype.itemsize)
         hs, apart = nothing(steps), nothing(4 * last)
-        for cut in cuts(steps, last, in_eights(held), reverse=reverse):
-            project(inputs, hs if cut.within else apart, cut.to_project(), last)
+        found = cuts(steps, last, in_eights(held), reverse=reverse)
+        copied = copies(inputs, held)
+        most = max(cut.apart for cut in found) if copied else steps
+        for cut in found:
+            start = min(cut.projected, steps - most)
+            some = inputs[start : start + most]
+            if copied:  # when the piece before is done, not all of them at once
+                some, c = lax.optimization_barrier((some, c))
+            project(some, hs if cut.within else apart, cut.to_project(start), last)
             planes = None if cut.within else apart
             piece = Piece(hs, planes, cut.to_run(), cut.count, held)
             c, h = run(piece, c, h, lengths, resets)
