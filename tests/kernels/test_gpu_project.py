@@ -3,6 +3,7 @@
 Interpreted, against NumPy float64: what is written, what is not, and what is not read.
 """
 
+import itertools
 from functools import partial
 
 import jax
@@ -148,6 +149,24 @@ def test_pieces_in_a_loop_of_xla_are_one_kernel():
     got = np.concatenate(got, 1)
     wanted, sums_off = products(x, kernel, bias, 64)
     assert (np.abs(got - wanted) <= 2.0**-8 * np.abs(wanted) + sums_off).all()
+
+
+def test_every_row_is_written_by_one_block_and_once():
+    """The interpreter runs one block after the other, and sees no race between them."""
+    others = [None] * (len(project.Block._fields) - 6)
+    for total, rows, apart in itertools.product(
+        range(8, 136, 8), (8, 24, 64), (1, 2, 5)
+    ):
+        if rows > total:
+            continue
+        times, tiles = np.zeros(total, int), -(-total // rows)
+        for number in range(tiles):
+            m, first = divmod(number, apart)
+            cut, now = project.Cut(32, rows, 1), (0, total, 0)
+            block = project.Block(cut, None, 0, first, apart, now, *others)
+            row, twice = block.row(m)
+            times[row + twice : row + rows] += 1
+        assert (times == 1).all()
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
