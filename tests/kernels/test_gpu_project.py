@@ -152,7 +152,7 @@ def test_pieces_in_a_loop_of_xla_are_one_kernel():
 
 
 def test_every_row_is_written_by_one_block_and_once():
-    """The interpreter runs one block after the other, and sees no race between them."""
+    """The interpreter runs one block after the other, and may see no race of two."""
     others = [None] * (len(project.Block._fields) - 6)
     for total, rows, apart in itertools.product(
         range(8, 136, 8), (8, 24, 64), (1, 2, 5)
