@@ -12,7 +12,6 @@ listen is 1/6. Writes experiments/results/ablations.csv.
 """
 
 import argparse
-import csv
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from measured import provenance, write_rows
 
 from flax_lstm import LSTMState, scan_cell, zero_state
 from flax_lstm.cell import preactivate
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    rows = []
+    rows, common = [], provenance()
     for name in VARIANTS:
         errors = [train(name, seed, options.steps) for seed in range(options.seeds)]
         rows.append(
@@ -148,13 +148,11 @@ def main() -> None:
                 "median_error": f"{np.median(errors):.4f}",
                 "worst_error": f"{max(errors):.4f}",
             }
+            | common
         )
         print(f"{name:28} {rows[-1]['median_error']}", flush=True)
     options.output.parent.mkdir(exist_ok=True)
-    with options.output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.output, rows)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@
 Writes `results/accuracy.csv`.
 """
 
-import csv
 import json
 import statistics
 import sys
 from pathlib import Path
+
+from measured import write_rows
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
 
@@ -54,11 +55,7 @@ def row_of(folder: Path) -> dict:
 def main(folders: list[str]) -> None:
     if not folders:
         raise SystemExit(__doc__)
-    rows = [row_of(Path(folder)) for folder in folders]
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(RESULTS, [row_of(Path(folder)) for folder in folders])
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ peak memory as XLA plans it (scratch and results).
 """
 
 import argparse
-import csv
-import datetime
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measured import provenance, write_rows
 
 import flax_lstm as fl
 from flax_lstm.derivative import Options, recurrence
@@ -116,14 +114,6 @@ def measure(shape: tuple[int, int, int, int], rounds: int) -> list[dict[str, Any
     return rows
 
 
-def commit() -> str:
-    """Returns the short name of the commit, marked where the tree differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    return described.stdout.strip() or "unknown"
-
-
 def processor() -> str:
     """Returns the name of the processor and the number of CPUs, or the device's."""
     device = jax.devices()[0]
@@ -139,12 +129,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    common = {
-        "device": processor(),
-        "jax": jax.__version__,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-    }
+    common = provenance() | {"device": processor()}
     rows = []
     for shape in SHAPES:
         found = measure(shape, options.rounds)
@@ -160,10 +145,7 @@ def main() -> None:
             )
         rows += [row | common for row in found]
     options.output.parent.mkdir(exist_ok=True)
-    with options.output.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(options.output, rows)
 
 
 if __name__ == "__main__":

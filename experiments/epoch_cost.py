@@ -11,9 +11,7 @@ Writes results/epoch_cost.csv.
 """
 
 import argparse
-import csv
 import dataclasses
-import datetime
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,8 +19,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from measured import provenance, write_rows
 
-from flax_lstm import data, environment, nnx
+from flax_lstm import data, nnx
 from flax_lstm.config import TUTORIAL
 from flax_lstm.train import init_train_state, make_optimizer, parallelize
 
@@ -70,8 +69,7 @@ def main() -> None:
                 if round_number:
                     spent = time.process_time() - start
                     taken.setdefault((name, steps), []).append(spent)
-    facts = environment.describe(tuple(jax.devices()[:1]))
-    rows, epochs = [], {}
+    rows, epochs, common = [], {}, provenance()
     for name, (_, counts, _, _) in made.items():
         for steps, count in sorted(counts.items()):
             p20, p50, p80 = np.percentile(taken[name, steps], [20, 50, 80])
@@ -85,16 +83,10 @@ def main() -> None:
                     "step_p50_s": f"{p50:.4f}",
                     "step_p80_s": f"{p80:.4f}",
                     "epoch_cpu_s": f"{count * p50:.1f}",
-                    "device": facts["devices"][0],
-                    "jax": facts["packages"]["jax"],
-                    "commit": facts["commit"],
-                    "date": datetime.date.today().isoformat(),
                 }
+                | common
             )
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(RESULTS, rows)
     print({name: round(seconds, 1) for name, seconds in epochs.items()})
     print(f"tutorial / words: {epochs['tutorial'] / epochs['words']:.2f}")
 

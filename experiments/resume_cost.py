@@ -21,8 +21,6 @@ Writes results/resume_cost.csv; medians and quartiles, of differences within a r
 """
 
 import argparse
-import csv
-import datetime
 import math
 import tempfile
 import time
@@ -33,8 +31,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from measured import provenance, write_rows
 
-from flax_lstm import data, environment, nnx
+from flax_lstm import data, nnx
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import ModelConfig, TrainConfig
 from flax_lstm.finite import nonfinite_leaves
@@ -186,8 +185,7 @@ def main() -> None:
     keep_freed_memory()  # as `flax-lstm train` does; before JAX has threads
     with tempfile.TemporaryDirectory() as work:
         found, mebibytes = measure(asked.interval, asked.rounds, Path(work))
-    facts = environment.describe(tuple(jax.devices()[:1]))
-    rows = []
+    rows, common = [], provenance()
 
     def add(what: str, interval: float, values: Any, unit: str, how: str) -> None:
         p25, p50, p75 = np.percentile(values, [25, 50, 75])
@@ -202,11 +200,8 @@ def main() -> None:
                 "rounds": len(values),
                 "how": how,
                 "state_mib": f"{mebibytes:.0f}",
-                "device": facts["devices"][0],
-                "jax": facts["packages"]["jax"],
-                "commit": facts["commit"],
-                "date": datetime.date.today().isoformat(),
             }
+            | common
         )
 
     for (name, interval), values in found.items():
@@ -221,10 +216,7 @@ def main() -> None:
     default = 60 * (TrainConfig().save_minutes or math.inf)
     cost = np.array(found["a save", asked.interval[0]])[:, 0]
     add("a save", default, 100 * cost / default, "% of the steps", "computed")
-    with asked.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(asked.out, rows)
     for row in rows:
         print("{what:18} {interval_s:>4} {p25} … {p50} … {p75} {unit}".format(**row))
 

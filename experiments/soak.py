@@ -11,11 +11,11 @@ repeated, with other moments, until the minutes are over. All must end with the 
 bits.
 
 Passes when faults came and the digests are equal, no child failed or kept silent about
-damage, the memory after the warm-up (the first third) stays within 5 %, no more files
-are open in the second half of the rest than in the first, and
-the folder with faults is never twice as large as the one without (it may hold two
-damaged checkpoints beside the three that are kept). Writes a row to results/soak.csv
-unless `--dry`.
+damage, the memory after the warm-up (the first third) stays within 5 %, at most two
+more files are open in the second half of the rest than in the first (a checkpoint under
+way has some), and the folder with faults is never twice as large as the one without (it
+may hold two damaged checkpoints beside the three that are kept). Writes a row to
+results/soak.csv unless `--dry`.
 """
 
 import argparse

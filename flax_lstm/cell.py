@@ -9,7 +9,7 @@ Numerics The products take their operands in the computation dtype; the gates an
          are kept in float32 (float64 when that is the computation dtype).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +65,15 @@ def draw(init: Initializer, key: PRNGKeyArray, shape: tuple[int, ...], dtype: An
     return init(key, shape, state_dtype(dtype)).astype(dtype)
 
 
+def draw_gates(
+    init: Initializer, key: PRNGKeyArray, shape: tuple[int, int], dtype: Any
+) -> Float[Array, "D G"]:
+    """Draws a `[D, 4H]` matrix, the `[D, H]` of each gate on its own."""
+    rows, hidden = shape[0], shape[1] // 4
+    gates = [draw(init, k, (rows, hidden), dtype) for k in jax.random.split(key, 4)]
+    return jnp.concatenate(gates, axis=-1)
+
+
 def init_lstm_params(
     key: PRNGKeyArray,
     input_size: int,
@@ -102,18 +111,15 @@ def init_lstm_params(
             f"input_size={input_size}, hidden_size={hidden_size}."
         )
 
-    def four(init: Initializer, key: PRNGKeyArray, rows: int) -> Array:
-        gates = [
-            draw(init, k, (rows, hidden_size), dtype) for k in jax.random.split(key, 4)
-        ]
-        return jnp.concatenate(gates, axis=-1)
-
+    wide = 4 * hidden_size
     key_x, key_h = jax.random.split(key)
     bias = jnp.zeros((4, hidden_size), dtype).at[1].set(forget_bias)
     return LSTMParams(
-        kernel=four(kernel_init, key_x, input_size),
-        recurrent_kernel=four(recurrent_kernel_init, key_h, hidden_size),
-        bias=bias.reshape(4 * hidden_size),
+        kernel=draw_gates(kernel_init, key_x, (input_size, wide), dtype),
+        recurrent_kernel=draw_gates(
+            recurrent_kernel_init, key_h, (hidden_size, wide), dtype
+        ),
+        bias=bias.reshape(wide),
     )
 
 
@@ -144,6 +150,31 @@ def update(i: Array, f: Array, g: Array, o: Array, c: Array) -> tuple[Array, Arr
     """Applies the gates to the old cell: returns the new c and h, each `[*B, H]`."""
     c = f * c + i * g
     return c, o * jnp.tanh(c)
+
+
+def update_tangent(
+    gates: Sequence[Array], c: Array, d_z: Float[Array, "*B G"], d_c: Array
+) -> tuple[Array, Array]:
+    """Returns the tangents of the new c and h, each `[*B, H]`.
+
+    Args:
+      gates: i, f, g, o of the step, after activation.
+      c: The old cell.
+      d_z: Tangent of the gate pre-activations.
+      d_c: Tangent of the old cell.
+
+    >>> one = jnp.ones((1, 1))
+    >>> d_c, _ = update_tangent([one / 2] * 4, one, jnp.zeros((1, 4)), one)
+    >>> d_c.tolist()  # f = 1/2 halves that of the cell
+    [[0.5]]
+    """
+    i, f, g, o = gates
+    z_i, z_f, z_g, z_o = jnp.split(d_z, 4, axis=-1)
+    d_c = (
+        f * d_c + g * i * (1 - i) * z_i + c * f * (1 - f) * z_f + i * (1 - g * g) * z_g
+    )
+    tanh_c = jnp.tanh(f * c + i * g)
+    return d_c, tanh_c * o * (1 - o) * z_o + o * (1 - tanh_c * tanh_c) * d_c
 
 
 def advance(z: Float[Array, "*B G"], c: Float[Array, "*B H"]) -> LSTMState:

@@ -25,7 +25,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from flax_lstm.cell import LSTMParams, LSTMState, activate, project, update
+from flax_lstm.cell import (
+    LSTMParams,
+    LSTMState,
+    activate,
+    project,
+    update,
+    update_tangent,
+)
 from flax_lstm.loop import select, vary_with
 
 
@@ -49,8 +56,9 @@ class Options(NamedTuple):
     def for_backend(cls, *, reverse: bool = False, unroll: int = 1) -> "Options":
         """Chooses what is faster on the default backend.
 
-        On a CPU the loop is no faster for finding its inputs multiplied already: they
-        fall out of the cache meanwhile. And XLA:CPU copies the larger operand of a
+        On a CPU multiplying all inputs first takes more memory, and more time where
+        rows are many (they fall out of the cache before they are used); it is up to an
+        eighth faster with 8 or 16 rows. And XLA:CPU copies the larger operand of a
         product over two axes, which takes longer than the product itself. Elsewhere
         joining the axes would undo a sharding over the batch.
         See experiments/results/derivative_cost.csv.
@@ -186,20 +194,11 @@ def tangent(options: Options, fixed: Any, tangents: Any) -> tuple[LSTMState, Arr
 
     @partial(jax.checkpoint, prevent_cse=False)
     def step(d_state: LSTMState, at: Any) -> tuple[LSTMState, Array]:
-        d_z, (i, f, g, o), c, live, reset = at
+        d_z, gates, c, live, reset = at
         if reset is not None:
             d_state = select(~reset, d_state, 0)
         d_z = d_z + jnp.matmul(d_state.h, turned.T)
-        z_i, z_f, z_g, z_o = jnp.split(d_z, 4, axis=-1)
-        d_c = (
-            f * d_state.c
-            + g * i * (1 - i) * z_i
-            + c * f * (1 - f) * z_f
-            + i * (1 - g * g) * z_g
-        )
-        tanh_c = jnp.tanh(f * c + i * g)
-        d_h = tanh_c * o * (1 - o) * z_o + o * (1 - tanh_c * tanh_c) * d_c
-        new = LSTMState(d_c, d_h)
+        new = LSTMState(*update_tangent(gates, c, d_z, d_state.c))
         if live is not None:
             new = select(live, new, d_state)
         return new, new.h

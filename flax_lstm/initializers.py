@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from flax_lstm.cell import Initializer, draw, glorot, orthogonal
+from flax_lstm.cell import Initializer, draw_gates, glorot, orthogonal
 
 InitializerName = Literal["orthogonal", "glorot"]
 
@@ -45,11 +45,7 @@ class ByGate:
         self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
     ) -> Array:
         """Draws an array."""
-        rows, hidden = shape[0], shape[1] // 4
-        gates = [
-            draw(self.init, k, (rows, hidden), dtype) for k in jax.random.split(key, 4)
-        ]
-        return jnp.concatenate(gates, axis=-1)
+        return draw_gates(self.init, key, (shape[0], shape[1]), dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from flax_lstm.cell import (
     LSTMParams,
     LSTMState,
     lstm_cell,
-    project,
+    preactivate,
     state_dtype,
     zero_state,
 )
@@ -55,9 +55,7 @@ class Activations:
         self, params: LSTMParams, state: LSTMState, x: Array
     ) -> tuple[LSTMState, Array]:
         """Advances by one step; see `flax_lstm.cell.lstm_cell`."""
-        h = state.h.astype(x.dtype)
-        z = project(x, params.kernel) + project(h, params.recurrent_kernel)
-        z = z + jnp.broadcast_to(params.bias.astype(z.dtype), z.shape)
+        z = preactivate(params, state.h, x)
         i, f, g, o = jnp.split(z, 4, axis=-1)
         c = self.gate_fn(f) * state.c.astype(z.dtype)
         c = c + self.gate_fn(i) * self.activation_fn(g)

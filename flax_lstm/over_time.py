@@ -61,6 +61,10 @@ def scan_cell(
 
     Returns:
       `(final_state, outputs)`, outputs a pytree of arrays `[T, *B, ...]` as y is.
+
+    Raises:
+      ValueError: If `remat` is below 1.
+      NotImplementedError: With `remat`, where time is symbolic.
     """
     inputs = jax.tree.map(jnp.asarray, inputs)
     inputs, live, resets = masked(inputs, lengths, resets)

@@ -102,7 +102,8 @@ def lstm(
 
     Raises:
       TypeError: If inputs are not floating, lengths not integers, resets not booleans.
-      ValueError: If a shape does not fit, or a concrete length is outside 0 … T.
+      ValueError: If a shape does not fit, a concrete length is outside 0 … T, `remat`
+        is below 1, or `implementation` is no name of one.
       NotImplementedError: If the implementation asked for cannot run, or with `remat`
         where time is symbolic.
     """
@@ -152,6 +153,7 @@ def explain(
     Raises:
       TypeError: As `lstm`.
       ValueError: As `lstm`.
+      NotImplementedError: As `lstm`, with `remat`.
 
     >>> params = LSTMParams(jnp.zeros((2, 4)), jnp.zeros((1, 4)), jnp.zeros(4))
     >>> told = explain(params, jnp.zeros((5, 3, 2)), implementation="scan")
@@ -213,6 +215,7 @@ def lstm_internals(
     Raises:
       TypeError: As `lstm`.
       ValueError: As `lstm`.
+      NotImplementedError: As `lstm`, with `remat`.
     """
 
     def cell(params: LSTMParams, state: LSTMState, x: Array) -> Any:

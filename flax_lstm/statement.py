@@ -1,7 +1,7 @@
 """The LSTM over time in plain JAX: what the primitives of `foreign` mean.
 
 Axes     T time, B batch, I input size, H hidden size, G = 4H in gate order i f g o.
-Lengths  int32 `[B]`: steps past them do not count, and are 0 in every result.
+Lengths  int32 `[B]`: steps past them do not count, and are 0 in hs.
 Resets   uint8 `[T, B]`, or `[0, 0]` for none.
 Kept     Of every step, for the derivative: hs `[T, B, H]` outputs, gates `[T, B, 4H]`
          after activation, before `[T, B, H]` the cell that the step started from. Past
@@ -19,7 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from flax_lstm.cell import LSTMParams, LSTMState, activate, preactivate, update
+from flax_lstm.cell import (
+    LSTMParams,
+    LSTMState,
+    activate,
+    preactivate,
+    update,
+    update_tangent,
+)
 from flax_lstm.loop import live_steps, select, vary_with
 
 
@@ -130,17 +137,9 @@ def linear(
 
     def steps(state: LSTMState, at: Any) -> tuple[LSTMState, Any]:
         d_z, gates, c = at
-        i, f, g, o = jnp.split(gates, 4, -1)
-        z_i, z_f, z_g, z_o = jnp.split(d_z + product(state.h, rounded), 4, -1)
-        d_c = (
-            f * state.c
-            + g * i * (1 - i) * z_i
-            + c * f * (1 - f) * z_f
-            + i * (1 - g * g) * z_g
-        )
-        tanh_c = jnp.tanh(f * c + i * g)
-        d_h = tanh_c * o * (1 - o) * z_o + o * (1 - tanh_c * tanh_c) * d_c
-        return LSTMState(d_c, d_h), d_h
+        d_z = d_z + product(state.h, rounded)
+        new = LSTMState(*update_tangent(jnp.split(gates, 4, -1), c, d_z, state.c))
+        return new, new.h
 
     state = LSTMState(d_c, d_h.astype(wide))
     final, d_hs = stated(steps, state, (d_z, gates, before), lengths, resets, reverse)

@@ -56,7 +56,7 @@ def test_the_python_blocks_run_in_order(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", commands())
-def test_every_command_parses(command, capsys, monkeypatch, tmp_path):
+def test_every_command_parses(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.json").write_text("{}")
     argv = shlex.split(command)

@@ -2,7 +2,7 @@
 # Trains on a TPU slice of Google Kubernetes Engine by xpk:
 #   IMAGE=... CLUSTER=... PROJECT=... ZONE=... STORAGE=... \
 #       experiments/launch/xpk.sh WORKLOAD TPU_TYPE RUN_FOLDER [FLAG ...]
-# IMAGE has this package with the extra [tpu]. STORAGE is one that `xpk storage` has
+# IMAGE has this package and jax[tpu]. STORAGE is one that `xpk storage` has
 # attached to the cluster, and RUN_FOLDER lies below its mount point: a Filestore or
 # Lustre, since Cloud Storage FUSE cannot rename a checkpoint's folder at once.
 set -euo pipefail

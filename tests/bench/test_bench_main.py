@@ -121,7 +121,7 @@ def test_folders_are_counted(tmp_path):
     assert main.next_folder(tmp_path).name == "2"
 
 
-def test_the_command_line_reaches_the_options(tmp_path):
+def test_the_command_line_reaches_the_options():
     command = cli.parse(
         ["bench", "--shapes", "rl-256", "imdb", "--modes", "forward", "--smoke"]
     )

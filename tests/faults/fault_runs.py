@@ -67,7 +67,7 @@ class Ended(NamedTuple):
     def message(self) -> str:
         """Returns the last line said, after checking that all of it is readable.
 
-        Ten lines at most, and no traceback (FAULTS: one clear message).
+        Ten lines at most, and no traceback.
         """
         lines = self.err.strip().splitlines()
         assert lines, "nothing was said"

@@ -43,7 +43,7 @@ of Orbax' database, which has a checksum; larger ones lie in files that have non
 
 
 @pytest.fixture
-def last_kept(source, tmp_path, straight_run):
+def last_kept(tmp_path, straight_run):
     """A copy of a run and a function that restores its newest checkpoint.
 
     The function returns the bits and the data of what it got, and whether that is the
@@ -216,7 +216,7 @@ def tmpfs(tmp_path):
         subprocess.run(["umount", str(path)], check=True)
 
 
-def test_a_full_disk(source, tmp_path, straight_run, tmpfs):
+def test_a_full_disk(source, straight_run, tmpfs):
     """A file system of its own, filled to the last byte before step 12."""
     disk = tmpfs("disk", "size=8m")
     filler = disk / "filler"
@@ -236,7 +236,7 @@ def test_a_full_disk(source, tmp_path, straight_run, tmpfs):
     resumed_as_straight(source, disk / "run", straight_run())
 
 
-def test_a_read_only_directory(source, tmp_path, straight_run, tmpfs):
+def test_a_read_only_directory(source, straight_run, tmpfs):
     """Refused before anything is read or compiled; what is there can still be used."""
     disk = tmpfs("disk", "size=8m")
     shutil.copytree(straight_run(), disk / "run")

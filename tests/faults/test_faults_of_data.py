@@ -1,4 +1,4 @@
-"""Damaged data: each row of `FAULTS` section 5, told before a step is trained.
+"""Damaged data of every kind, told before a step is trained.
 
 A message names the file and the row. What is fine stays fine: nothing of it is lost,
 nothing becomes something else.

@@ -287,7 +287,7 @@ def test_metrics_are_exact_over_partial_batches_and_devices(
     assert got["loss"] == pytest.approx(np.mean((scores - labels) ** 2), rel=1e-5)
 
 
-def test_a_changed_number_of_epochs_or_batch_size(source, trained, tmp_path):
+def test_a_changed_number_of_epochs_or_batch_size(source, trained):
     """On resumption: more epochs are allowed, another batch size is refused."""
     with pytest.raises(UserError, match=r"data.batch_size = 16, .*with 8"):
         run.train(make_config(source, batch_size=8), trained[0].folder, resume=True)

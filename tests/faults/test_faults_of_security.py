@@ -1,6 +1,6 @@
 """A run folder, a file or a configuration from a stranger: no code, no escape, no bomb.
 
-`FAULTS` section 7. What comes from outside is data: it is never executed, names no path
+What comes from outside is data: it is never executed, names no path
 that is followed unasked, and claims no memory that is allocated unchecked.
 """
 

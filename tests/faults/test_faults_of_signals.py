@@ -214,7 +214,7 @@ def test_an_odd_clock_and_home_and_no_network(source, tmp_path, straight_run):
         assert 0 < result[name] < TIME_LIMIT_S, name
 
 
-def test_without_a_home_programs_are_not_kept_and_it_is_said(source, tmp_path):
+def test_without_a_home_programs_are_not_kept_and_it_is_said():
     """A folder that cannot be written; kept programs are no condition of a run."""
     code = (
         "from flax_lstm.environment import use_compilation_cache as use\nprint(use())"

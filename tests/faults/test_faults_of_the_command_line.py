@@ -1,4 +1,4 @@
-"""Wrong usage and garbage on the command line: `FAULTS` section 6.
+"""Wrong usage and garbage on the command line.
 
 One line on the standard error, exit code 2, before anything is compiled or written.
 """

@@ -1,8 +1,9 @@
 """The LSTM over time on an NVIDIA Hopper GPU, in Pallas Mosaic GPU.
 
-Both passes take and return what the kernels of the CPU do, but for two dtypes, named
-below. Not yet run on hardware: they are interpreted on a CPU by the tests, and compiled
-ahead of time for an H100 by `experiments/compile_kernels.py`.
+Forward takes and returns what the kernel of the CPU does, but for two dtypes, named
+below; backward ends with d_z, of which `flax_lstm.lowering` makes the rest. Not yet run
+on hardware: they are interpreted on a CPU by the tests, and compiled ahead of time for
+an H100 by `experiments/compile_kernels.py`.
 
 Axes     T time, B batch, I input size, H hidden size, G = 4H in gate order i f g o.
 Dtype    That of `inputs`: bfloat16, float16, or float32, of which operands are rounded
@@ -45,7 +46,7 @@ from flax_lstm_kernels.gpu.pieces import held_rows, in_pieces, piece_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 from flax_lstm_kernels.gpu.project_operands import weights_of_inputs
 
-__all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
+__all__ = ["Plan", "Support", "backward", "forward", "support"]
 
 FORWARD = {
     "single": single.forward_pass,
@@ -59,12 +60,6 @@ BACKWARD = {
     "grid": grid.backward_pass,
     "step": step.backward_pass,
 }
-
-
-def device_kind() -> str | None:
-    """Returns the compute capability of the default device; None if it has none."""
-    device = jax.devices()[0]
-    return device.compute_capability if device.platform == "gpu" else None
 
 
 def forward(

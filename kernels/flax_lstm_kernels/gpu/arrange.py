@@ -107,9 +107,9 @@ def projected(
 ) -> Float[Array, "T B 4 P"]:
     """Returns `x W + b` of some steps, one product of XLA, as the kernels read it.
 
-    It is rounded to the computation dtype, which adds a fifth to the error of the
-    outputs in bfloat16 (T 200, H 128) and spares a copy in float32. The bits are then
-    called those of `kept_dtype`, so that the gates can take their place in memory.
+    It is rounded to the computation dtype, which adds to the error of the outputs in 16
+    bits, and spares a copy in float32. The bits are then called those of `kept_dtype`,
+    so that the gates can take their place in memory.
     """
     steps, rows, inner = inputs.shape
     z = inputs.reshape(steps * rows, inner) @ kernel

@@ -1,7 +1,8 @@
 """The LSTM over time on a TPU, in Pallas: forward and backward.
 
-Both take and return what the kernels of the CPU do. Not yet run on hardware: they are
-interpreted on a CPU by the tests, and compiled ahead of time for every kind of TPU by
+Forward takes and returns what the kernel of the CPU does; backward ends with d_z, of
+which `flax_lstm.lowering` makes the rest. Not yet run on hardware: they are interpreted
+on a CPU by the tests, and compiled ahead of time for every kind of TPU by
 `experiments/compile_kernels.py`.
 
 Axes     T time, B batch, I input size, H hidden size, G = 4H in gate order i f g o.
@@ -20,13 +21,7 @@ from flax_lstm_kernels.tpu.forward import forward_pass
 from flax_lstm_kernels.tpu.plan import Support, choose, support
 from flax_lstm_kernels.tpu.vmem import Plan, Sizes, vmem_limit
 
-__all__ = ["Plan", "Support", "backward", "device_kind", "forward", "support"]
-
-
-def device_kind() -> str | None:
-    """Returns the kind of TPU that is the default device; None where that is none."""
-    device = jax.devices()[0]
-    return device.device_kind if device.platform == "tpu" else None
+__all__ = ["Plan", "Support", "backward", "forward", "support"]
 
 
 def forward(
