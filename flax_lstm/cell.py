@@ -48,13 +48,16 @@ class LSTMState(NamedTuple):
     h: Float[Array, "*B H"]
 
 
+Pair = LSTMState | tuple[Any, Any]  # what a caller may hand over as a state
+
+
 def state_dtype(dtype: Any) -> jnp.dtype:
     """Returns the dtype that carries c: float64 for float64, else float32.
 
     >>> state_dtype(jnp.bfloat16)
     dtype('float32')
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def draw(init: Initializer, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any):
@@ -211,19 +214,20 @@ def preactivate(params: Any, h: Array, x: Array) -> Float[Array, "*B G"]:
 
 
 def lstm_cell(
-    params: LSTMParams, state: LSTMState, x: Float[Array, "*B I"]
+    params: LSTMParams, state: Pair, x: Float[Array, "*B I"]
 ) -> tuple[LSTMState, Float[Array, "*B H"]]:
     """Advances the LSTM by one step; results in Flax's order.
 
     Args:
       params: Weights.
-      state: The state before the step.
+      state: The state before the step, or any pair (c, h).
       x: Input `[*B, I]`.
 
     Returns:
       `(new_state, y)` where y `[*B, H]` is `new_state.h`, in x's dtype.
     """
-    z = preactivate(params, state.h, x)
-    new = advance(z, state.c.astype(z.dtype))
+    c, h = state
+    z = preactivate(params, h, x)
+    new = advance(z, c.astype(z.dtype))
     h = new.h.astype(x.dtype)
     return LSTMState(new.c, h), h

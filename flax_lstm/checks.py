@@ -11,12 +11,20 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from flax_lstm.cell import LSTMParams, LSTMState
+from flax_lstm.cell import LSTMParams
 from flax_lstm.loop import Given
 
 
 def check_params(params: LSTMParams) -> None:
-    """Raises ValueError unless the three shapes are `[I, 4H]`, `[H, 4H]`, `[4H]`."""
+    """Raises unless three floating arrays are `[I, 4H]`, `[H, 4H]`, `[4H]`."""
+    if not isinstance(params, tuple | list) or len(params) != len(LSTMParams._fields):
+        raise TypeError(
+            "params must be LSTMParams(kernel, recurrent_kernel, bias); got "
+            f"{type(params).__name__}. Parameters of another cell go to "
+            "flax_lstm.scan_cell, with the cell."
+        )
+    for name, value in zip(LSTMParams._fields, params, strict=True):
+        check_floating(f"params.{name}", jnp.result_type(value))
     kernel, recurrent, bias = (jnp.shape(p) for p in params)
     hidden = recurrent[0] if recurrent else 0
     want = (len(kernel) == 2 and kernel[1] == 4 * hidden, bias == (4 * hidden,))
@@ -27,8 +35,25 @@ def check_params(params: LSTMParams) -> None:
         )
 
 
-def check_state(state: LSTMState, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless c and h have the shape `[*B, H]`."""
+def check_floating(name: str, dtype: Any) -> None:
+    """Raises TypeError unless the dtype is one of floating numbers."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating; got {jnp.dtype(dtype)}.")
+
+
+def check_pair(name: str, state: Any) -> None:
+    """Raises TypeError unless the state is an `LSTMState` or another pair (c, h)."""
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        many = f" of {len(state)}" if isinstance(state, tuple | list) else ""
+        raise TypeError(
+            f"{name} must be LSTMState(c, h) or another pair (c, h); got "
+            f"{type(state).__name__}{many}."
+        )
+
+
+def check_state(state: Any, shape: tuple[int, ...]) -> None:
+    """Raises unless the state is a pair whose c and h have the shape `[*B, H]`."""
+    check_pair("state", state)
     for name, value in zip(("c", "h"), state, strict=True):
         if jnp.shape(value) != shape:
             raise ValueError(
@@ -45,45 +70,58 @@ def check_sequence(
     input_size: int,
 ) -> None:
     """Raises TypeError or ValueError where a sequence argument does not fit."""
-    given = {"inputs": inputs, "lengths": lengths, "resets": resets}
-    for name, value in given.items():
-        if value is not None and not isinstance(value, Array | np.ndarray):
-            raise TypeError(
-                f"{name} must be a JAX or NumPy array; got {type(value).__name__}."
-            )
+    check_arrays(inputs=inputs)
     if inputs.ndim < 2 or inputs.shape[-1] != input_size:
         raise ValueError(
             f"inputs must be [time, *batch, {input_size}] to match params.kernel; "
             f"got {inputs.shape}."
         )
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise TypeError(f"inputs must be floating; got {inputs.dtype}.")
+    check_floating("inputs", inputs.dtype)
+    check_masks(lengths, resets, inputs.shape[:-1])
+
+
+def check_arrays(**given: Any) -> None:
+    """Raises TypeError for what is neither an array nor None."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Array | np.ndarray):
+            raise TypeError(
+                f"{name} must be a JAX or NumPy array; got {type(value).__name__}."
+            )
+
+
+def check_masks(lengths: Any, resets: Any, shape: tuple[int, ...]) -> None:
+    """Raises unless lengths and resets, where given, fit the axes `[T, *B]`.
+
+    Lengths are integers `[*B]`, within 0 … T where they are known; resets booleans
+    `[T, *B]`.
+    """
+    check_arrays(lengths=lengths, resets=resets)
     if lengths is not None:
-        check_lengths(lengths, inputs.shape)
+        check_lengths(lengths, shape)
     if resets is not None:
         if resets.dtype != jnp.bool_:
             raise TypeError(f"resets must be booleans; got {resets.dtype}.")
-        if resets.shape != inputs.shape[:-1]:
+        if resets.shape != shape:
             raise ValueError(
-                f"resets must be [time, *batch] = {inputs.shape[:-1]} to match inputs; "
+                f"resets must be [time, *batch] = {shape} to match inputs; "
                 f"got {resets.shape}."
             )
 
 
-def check_lengths(lengths: Given, inputs_shape: tuple[int, ...]) -> None:
-    """Raises unless lengths are integers `[*B]`, within 0 … T where they are known."""
+def check_lengths(lengths: Given, shape: tuple[int, ...]) -> None:
+    """Raises unless lengths are as `check_masks` says."""
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"lengths must be integers; got {lengths.dtype}.")
-    if lengths.shape != inputs_shape[1:-1]:
+    if lengths.shape != shape[1:]:
         raise ValueError(
-            f"lengths must be [*batch] = {inputs_shape[1:-1]} to match inputs; "
+            f"lengths must be [*batch] = {shape[1:]} to match inputs; "
             f"got {lengths.shape}."
         )
     if isinstance(lengths, Tracer):
         return  # values are unknown while tracing
     values = np.asarray(lengths)
-    if values.size and not (values.min() >= 0 and values.max() <= inputs_shape[0]):
+    if values.size and not (values.min() >= 0 and values.max() <= shape[0]):
         raise ValueError(
-            f"lengths must be within 0 … {inputs_shape[0]}, the number of steps; "
+            f"lengths must be within 0 … {shape[0]}, the number of steps; "
             f"got values from {values.min()} to {values.max()}."
         )

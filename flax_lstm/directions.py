@@ -11,9 +11,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from flax_lstm.cell import LSTMParams, LSTMState
+from flax_lstm.cell import LSTMParams, LSTMState, Pair
 from flax_lstm.choice import Implementation
-from flax_lstm.loop import Given
+from flax_lstm.loop import Given, live_steps
 from flax_lstm.sequence import lstm
 
 MergeName = Literal["concat", "sum", "mean", "mul"]
@@ -31,7 +31,7 @@ def bidirectional(
     forward: LSTMParams,
     backward: LSTMParams,
     inputs: Float[Given, "T *B I"],
-    states: tuple[LSTMState | None, LSTMState | None] = (None, None),
+    states: tuple[Pair | None, Pair | None] = (None, None),
     *,
     merge: Merge = "concat",
     lengths: Int[Given, "*B"] | None = None,
@@ -78,7 +78,7 @@ def bidirectional(
         backward,
         inputs,
         states[1],
-        resets=None if resets is None else backward_resets(resets),
+        resets=None if resets is None else backward_resets(resets, lengths),
         reverse=True,
         keep_order=True,
         **options,
@@ -101,12 +101,17 @@ def merge_function(merge: Merge) -> Callable[[Array, Array], Array]:
     return MERGES[merge]
 
 
-def backward_resets(resets: Bool[Given, "..."], *, axis: int = 0) -> Bool[Array, "..."]:
+def backward_resets(
+    resets: Bool[Given, "T *B"], lengths: Int[Given, "*B"] | None = None
+) -> Bool[Array, "T *B"]:
     """Moves marks at first steps of episodes to the last steps of those before.
+
+    Marks in the padding are left out: they are no first steps of anything.
 
     >>> backward_resets(jnp.array([True, False, True, False])).tolist()
     [False, True, False, False]
     """
-    resets = jnp.moveaxis(jnp.asarray(resets), axis, 0)
-    moved = jnp.concatenate([resets[1:], jnp.zeros_like(resets[:1])])
-    return jnp.moveaxis(moved, 0, axis)
+    resets = jnp.asarray(resets)
+    if lengths is not None:
+        resets = resets & live_steps(len(resets), lengths)
+    return jnp.concatenate([resets[1:], jnp.zeros_like(resets[:1])])

@@ -12,7 +12,7 @@ Axes, lengths, resets, dtypes and what is kept: as in `statement`. Inside
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -129,9 +129,17 @@ def primitive(
         outs = jax.vmap(plain(**options), axes)(*args)
         return outs, [0] * len(outs)
 
-    made.def_impl(
-        lambda *args, **options: jax.jit(partial(made.bind, **options))(*args)
-    )
+    @cache
+    def compiled(*options):
+        return jax.jit(partial(made.bind, **dict(options)))
+
+    def run(*args, **options):
+        # Who wants no jit, or looks for NaN, does not mean this: without jit it would
+        # call itself, and what is kept has any bits past the lengths.
+        with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+            return compiled(*sorted(options.items()))(*args)
+
+    made.def_impl(run)
     made.def_abstract_eval(abstract)
     ad.primitive_jvps[made] = jvp
     batching.primitive_batchers[made] = batch

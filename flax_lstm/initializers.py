@@ -7,10 +7,12 @@ Axes     D rows (input or hidden size), H hidden size; gate order i f g o.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array
 
 from flax_lstm.cell import Initializer, draw_gates, glorot, orthogonal
@@ -43,9 +45,10 @@ class ByGate:
 
     def __call__(
         self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-    ) -> Array:
-        """Draws an array."""
-        return draw_gates(self.init, key, (shape[0], shape[1]), dtype)
+    ) -> Any:
+        """Draws an array, boxed where `init` boxes it."""
+        init, boxed = opened(self.init)
+        return boxed(draw_gates(init, key, (shape[0], shape[1]), dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +60,32 @@ class FusedBias:
 
     def __call__(
         self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32
-    ) -> Array:
-        """Draws an array."""
+    ) -> Any:
+        """Draws an array, boxed where `init` boxes it."""
         hidden = shape[0] // 4
-        bias = self.init(key, shape, dtype)
-        return bias.at[hidden : 2 * hidden].add(self.forget_bias)
+        init, boxed = opened(self.init)
+        bias = init(key, shape, dtype)
+        return boxed(bias.at[hidden : 2 * hidden].add(self.forget_bias))
+
+
+def opened(init: Initializer) -> tuple[Initializer, Callable[[Array], Any]]:
+    """Returns the initialiser of bare arrays, and what boxes the whole as it would.
+
+    One from `nnx.with_partitioning` or `nnx.with_metadata` boxes what it draws.
+    """
+    boxes: list[nnx.VariableMetadata] = []
+
+    def bare(*args: Any) -> Array:
+        drawn = init(*args)
+        if isinstance(drawn, nnx.VariableMetadata):
+            boxes.append(drawn)
+            return drawn.raw_value
+        return drawn
+
+    def boxed(array: Array) -> Any:
+        return dataclasses.replace(boxes[0], raw_value=array) if boxes else array
+
+    return bare, boxed
 
 
 def weight_initializers(

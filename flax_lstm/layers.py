@@ -25,11 +25,12 @@ from flax_lstm.cell import (
     state_dtype,
     zero_state,
 )
+from flax_lstm.checks import check_floating, check_pair
 from flax_lstm.choice import Implementation
 from flax_lstm.config import ModelConfig
 from flax_lstm.directions import Merge, backward_resets, merge_function
 from flax_lstm.dropout import dropout, fold_in
-from flax_lstm.loop import flip
+from flax_lstm.loop import Given, flip, live_steps, select
 from flax_lstm.over_time import Cell, scan_cell
 from flax_lstm.sequence import lstm
 
@@ -98,6 +99,28 @@ def initial_carry(
     return LSTMState(c, carry_init(keys[1], shape, dtype))
 
 
+def as_array(given: Any) -> Any:
+    """Makes an array of a list; what is one stays, for its values to be known."""
+    if given is None or isinstance(given, Given):
+        return given
+    return jnp.asarray(given)
+
+
+def check_call(inputs: Any, resets: Any, time_major: bool, *, input_size: int) -> None:
+    """Raises ValueError where a shape does not fit, in the axes of the caller."""
+    axes = "[time, *batch" if time_major else "[*batch, time"
+    if inputs.ndim < 2 or inputs.shape[-1] != input_size:
+        raise ValueError(
+            f"inputs must be {axes}, {input_size}] to match the layer; "
+            f"got {inputs.shape}."
+        )
+    if resets is not None and resets.shape != inputs.shape[:-1]:
+        raise ValueError(
+            f"resets must be {axes}] = {inputs.shape[:-1]} to match inputs; "
+            f"got {resets.shape}."
+        )
+
+
 def run_layer(
     params: LSTMParams,
     inputs: Any,
@@ -116,15 +139,14 @@ def run_layer(
     """Runs one layer over inputs in a module's axes: returns `(carry, outputs)`.
 
     Raises:
-      ValueError: If the inputs have no time axis.
+      TypeError: As `lstm`, or if the carry is no pair.
+      ValueError: As `lstm`.
       NotImplementedError: If `implementation` cannot run, or has no such activations.
     """
     inputs = jnp.asarray(inputs)
-    if inputs.ndim < 2:
-        axes = "[time, *batch" if time_major else "[*batch, time"
-        raise ValueError(f"inputs must be {axes}, features]; got {inputs.shape}.")
-    lengths = None if seq_lengths is None else jnp.asarray(seq_lengths)
-    resets = None if resets is None else jnp.asarray(resets)
+    lengths, resets = as_array(seq_lengths), as_array(resets)
+    check_call(inputs, resets, time_major, input_size=params.kernel.shape[0])
+    check_pair("initial_carry", carry)
     if not time_major:
         inputs = jnp.moveaxis(inputs, -2, 0)
         resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
@@ -144,6 +166,7 @@ def run_layer(
         )
     elif implementation in (None, "scan"):
         cell: Cell = activations
+        check_floating("dtype", dtype)
         new, outputs = scan_cell(cell, params, inputs.astype(dtype), state, **options)
     else:
         raise NotImplementedError(
@@ -170,9 +193,11 @@ def run_both(
 
     Resets mark the first steps of episodes: nothing crosses them in either direction.
     """
-    from_behind = resets
+    from_behind = resets = as_array(resets)
     if resets is not None:
-        from_behind = backward_resets(resets, axis=0 if time_major else -1)
+        marks = resets if time_major else jnp.moveaxis(resets, -1, 0)
+        from_behind = backward_resets(marks, as_array(options["seq_lengths"]))
+        from_behind = from_behind if time_major else jnp.moveaxis(from_behind, 0, -1)
     carries = (None, None) if carry is None else carry
     directions = zip(
         (forward, backward),
@@ -238,16 +263,18 @@ def run_stack(
     """
     if carries is None:
         carries = (None,) * len(layers)
-    if len(carries) != len(layers):
+    pairs = isinstance(carries, tuple | list)
+    if not pairs or len(carries) != len(layers) or isinstance(carries, LSTMState):
+        many = len(carries) if pairs else type(carries).__name__
         raise ValueError(
             f"initial_carry must hold one carry for each of the {len(layers)} layers; "
-            f"got {len(carries)}."
+            f"got {'one LSTMState' if isinstance(carries, LSTMState) else many}."
         )
     values = jnp.asarray(inputs)
-    lengths = None if seq_lengths is None else jnp.asarray(seq_lengths)
+    lengths, resets = as_array(seq_lengths), as_array(resets)
     if not time_major:
         values = jnp.moveaxis(values, -2, 0)
-        resets = None if resets is None else jnp.moveaxis(jnp.asarray(resets), -1, 0)
+        resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
     new = []
     for number, (layer, carry) in enumerate(zip(layers, carries, strict=True)):
         carry, outputs = layer(
@@ -266,6 +293,9 @@ def run_stack(
             layer_key = fold_in(key, number)
             outputs = dropout(outputs, layer_key, rate, variational=variational)
         if residual and outputs.shape == values.shape:
+            if lengths is not None:
+                live = live_steps(len(values), lengths)
+                values = select(live, values, 0)
             outputs = outputs + values.astype(outputs.dtype)
         values = outputs
     if reverse and not keep_order:

@@ -18,7 +18,17 @@ Given = Array | np.ndarray  # what a caller may hand over
 
 def live_steps(steps: Any, lengths: Int[Given, "*B"]) -> Bool[Array, "T *B"]:
     """Returns where steps count: true before each row's length."""
-    return jnp.arange(steps).reshape(steps, *[1] * lengths.ndim) < lengths[None]
+    return count_steps(steps, lengths) < in_int32(lengths)[None]
+
+
+def count_steps(steps: Any, lengths: Int[Given, "*B"]) -> Int[Array, "T ..."]:
+    """Returns 0 … T-1 along time, with axes of size 1 for those of the lengths."""
+    return jnp.arange(steps, dtype=jnp.int32).reshape(steps, *[1] * lengths.ndim)
+
+
+def in_int32(lengths: Int[Given, "*B"]) -> Int[Array, "*B"]:
+    """Returns lengths in one dtype, so that no promotion is needed to compare them."""
+    return jnp.asarray(lengths).astype(jnp.int32)
 
 
 def expand(mask: Any, like: Any) -> Any:
@@ -29,14 +39,20 @@ def expand(mask: Any, like: Any) -> Any:
 def select(mask: Any, yes: Any, no: Any) -> Any:
     """Takes each leaf of `yes` where the mask `[*B]` is true, else of `no`.
 
-    `no` may be 0, for zeros everywhere.
+    `no` may be 0, for zeros of each leaf's dtype everywhere. Keys of random numbers,
+    which know no zero, then stay.
     """
 
     def pick(yes: Array, no: Any) -> Array:
         return jnp.where(expand(mask, yes), yes, no)
 
+    def zeroed(leaf: Array) -> Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return leaf
+        return pick(leaf, jnp.zeros((), leaf.dtype))
+
     if isinstance(no, int):
-        return jax.tree.map(lambda leaf: pick(leaf, no), yes)
+        return jax.tree.map(zeroed, yes)
     return jax.tree.map(pick, yes, no)
 
 
@@ -45,14 +61,17 @@ def flip(
 ) -> Float[Array, "T *B H"]:
     """Reverses the valid part of each time-major sequence; the padding stays behind.
 
+    A length above T is T.
+
     >>> flip(jnp.array([[1.0], [2.0], [0.0]])[..., None], jnp.array([2]))[:, 0, 0]
     Array([2., 1., 0.], dtype=float32)
     """
     if lengths is None:
         return jnp.flip(sequence, 0)
     steps = sequence.shape[0]
-    t = jnp.arange(steps).reshape(steps, *[1] * lengths.ndim)
-    source = jnp.where(t < lengths[None], lengths[None] - 1 - t, t)
+    t = count_steps(steps, lengths)
+    ends = jnp.minimum(in_int32(lengths), steps)[None]
+    source = jnp.where(t < ends, ends - 1 - t, t)
     return jnp.take_along_axis(sequence, expand(source, sequence), axis=0)
 
 
@@ -66,6 +85,8 @@ def chunk_length(remat: bool | int, steps: Any) -> int | None:
       ValueError: If `remat` is below 1.
       NotImplementedError: If the number of steps is symbolic.
     """
+    if isinstance(remat, np.bool_):
+        remat = bool(remat)
     if remat is False:
         return None
     if not isinstance(steps, int):
@@ -75,7 +96,7 @@ def chunk_length(remat: bool | int, steps: Any) -> int | None:
         )
     if remat is True:
         return max(1, math.isqrt(steps))
-    if remat < 1:
+    if not isinstance(remat, int | np.integer) or remat < 1:
         raise ValueError(
             f"remat must be True, False or a number of steps, at least 1; got {remat}."
         )
@@ -148,6 +169,24 @@ def vary_with(tree: Any, others: Any) -> Any:
         return lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree) if axes else tree
+
+
+def spread_as(state: Any, inputs: Float[Array, "T *B I"]) -> Any:
+    """Spreads `[*B, H]` over the mesh as the rows of the inputs, where types tell.
+
+    They do on axes of the type Explicit: there a carry must start as it will be spread.
+    """
+    sharding = typed_sharding(inputs)
+    if sharding is None:
+        return state
+    spec = jax.sharding.PartitionSpec(*sharding.spec[1:-1], None)
+    return jax.sharding.reshard(state, sharding.update(spec=spec))
+
+
+def typed_sharding(array: Any) -> Any:
+    """Returns how the type says that an array is spread; None where it says nothing."""
+    sharding = jax.typeof(array).sharding
+    return sharding if any(axes is not None for axes in sharding.spec) else None
 
 
 def varying_axes(leaf: Any) -> frozenset[Any]:

@@ -136,9 +136,24 @@ def cpu_transposed(*arrays, shared, **options):
     return [outs[0], *cast_weights(outs[1:4], kernel, recurrent_kernel), *outs[4:]]
 
 
+def in_32_bits(run: Callable) -> Callable:
+    """Has integers of Python become int32 in a kernel, also where x64 is enabled.
+
+    Arrays keep their dtypes, none of which has 64 bits but those of weights.
+    """
+
+    def narrow(*arrays: Any, **options: Any) -> Any:
+        with jax.enable_x64(False):
+            return run(*arrays, **options)
+
+    return narrow
+
+
 def accelerator_forward(module, given, *arrays, shared, gates_dtype, **options):
     """Calls the kernel of a TPU or GPU forward."""
-    call = shared(partial(module.forward, **options, **given), *FORWARD_ROWS)
+    call = shared(
+        partial(in_32_bits(module.forward), **options, **given), *FORWARD_ROWS
+    )
     hs, c, h, gates, before = call(*arrays)
     return [hs, c, h, gates.astype(gates_dtype), before]
 
@@ -167,7 +182,8 @@ def accelerator_transposed(
     dtype, platform = x.dtype, module.__name__.split(".")[-1]
     wide = jnp.float32
     gates = gates.astype(GATES.get((PLATFORM_OF[platform], dtype.name), "float32"))
-    call = shared(partial(module.backward, reverse=reverse, **given), *BACKWARD_ROWS)
+    backward = partial(in_32_bits(module.backward), reverse=reverse, **given)
+    call = shared(backward, *BACKWARD_ROWS)
     rounded = recurrent_kernel.astype(dtype)
     d_z, d_c, d_h = call(
         d_hs, d_c, d_h.astype(wide), gates, before, rounded, lengths, resets

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from flax_lstm import cudnn, foreign
 from flax_lstm.cell import LSTMParams, LSTMState, lstm_cell
+from flax_lstm.checks import check_arrays, check_masks
 from flax_lstm.derivative import Options, recurrence
 from flax_lstm.loop import (
     Given,
@@ -24,6 +25,7 @@ from flax_lstm.loop import (
     in_chunks,
     live_steps,
     select,
+    typed_sharding,
     vary_with,
 )
 
@@ -50,8 +52,10 @@ def scan_cell(
         arrays with the batch axes in front.
       params: Handed to the cell as they are.
       inputs: `[T, *B, I]`, or any pytree of arrays `[T, *B, ...]`: masks for each step
-        of zoneout, for instance. In the padding the cell sees zeros.
-      state: State before the first step; its dtypes are kept by the cell.
+        of zoneout, for instance. In the padding the cell sees zeros, or False; keys of
+        random numbers stay.
+      state: State before the first step; its dtypes are kept by the cell. A reset
+        leaves keys of random numbers in it as they are.
       lengths: As in `lstm`.
       resets: As in `lstm`.
       reverse: As in `lstm`.
@@ -63,10 +67,17 @@ def scan_cell(
       `(final_state, outputs)`, outputs a pytree of arrays `[T, *B, ...]` as y is.
 
     Raises:
-      ValueError: If `remat` is below 1.
+      TypeError: If lengths are not integers, resets not booleans.
+      ValueError: If their shapes do not fit, a concrete length is outside 0 … T, or
+        `remat` is below 1.
       NotImplementedError: With `remat`, where time is symbolic.
     """
     inputs = jax.tree.map(jnp.asarray, inputs)
+    check_arrays(lengths=lengths, resets=resets)
+    axes = 0 if resets is None else resets.ndim
+    axes = axes if lengths is None else 1 + lengths.ndim
+    for leaf in jax.tree.leaves(inputs):
+        check_masks(lengths, resets, leaf.shape[:axes])
     inputs, live, resets = masked(inputs, lengths, resets)
 
     def step(state: Any, at: tuple[Any, Array | None, Array | None]):
@@ -130,6 +141,8 @@ def lstm_by_xla(
     """Runs prepared arguments with the derivative of our own."""
     inputs, live, resets = masked(inputs, lengths, resets)
     options = Options.for_backend(reverse=reverse, unroll=unroll)
+    if typed_sharding(inputs) is not None:
+        options = options._replace(flatten=False)  # rows are not joined with time
 
     def run(state: LSTMState, xs: Any) -> tuple[LSTMState, Array]:
         return recurrence(options, params, xs[0], state, *xs[1:])
@@ -155,6 +168,12 @@ def lstm_by_kernel(
     from flax_lstm_kernels import target
 
     device = target.current()._replace(asked=asked)
+    if params.kernel.dtype != params.bias.dtype:
+        # The loop wants one dtype, and gives both gradients in it.
+        wide = jnp.promote_types(params.kernel.dtype, params.bias.dtype)
+        params = params._replace(
+            kernel=params.kernel.astype(wide), bias=params.bias.astype(wide)
+        )
 
     def loop(reverse: bool, *arguments: Any) -> tuple[LSTMState, Array]:
         # Inside shard_map the transpose of this sums the weights' gradients.

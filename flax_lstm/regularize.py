@@ -97,6 +97,7 @@ def zoneout_masks(
     Raises:
       ValueError: If a probability is outside [0, 1).
     """
+    check_rates(c=c, h=h)
     return LSTMState(
         c=~keep_mask(fold_in(key, 0), shape, c),
         h=~keep_mask(fold_in(key, 1), shape, h),
@@ -133,9 +134,7 @@ def zoneout_mean(cell: Cell, *, c: float = 0.0, h: float = 0.0) -> Cell:
     Raises:
       ValueError: If a probability is outside [0, 1).
     """
-    for name, rate in {"c": c, "h": h}.items():
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1; got {rate}.")
+    check_rates(c=c, h=h)
 
     def mixed(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
         new, _ = cell(params, state, x)
@@ -144,3 +143,10 @@ def zoneout_mean(cell: Cell, *, c: float = 0.0, h: float = 0.0) -> Cell:
         return new._replace(c=new_c, h=new_h), new_h
 
     return mixed
+
+
+def check_rates(**rates: float) -> None:
+    """Raises ValueError for a probability outside [0, 1)."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1; got {rate}.")

@@ -21,13 +21,19 @@ from jaxtyping import Array, Bool, Float, Int
 from flax_lstm.cell import (
     LSTMParams,
     LSTMState,
+    Pair,
     activate,
     preactivate,
     state_dtype,
     update,
     zero_state,
 )
-from flax_lstm.checks import check_params, check_sequence, check_state
+from flax_lstm.checks import (
+    check_floating,
+    check_params,
+    check_sequence,
+    check_state,
+)
 from flax_lstm.choice import (
     Explanation,
     Implementation,
@@ -35,7 +41,7 @@ from flax_lstm.choice import (
     choose,
     explained,
 )
-from flax_lstm.loop import Given
+from flax_lstm.loop import Given, spread_as
 from flax_lstm.over_time import OVER_TIME, lstm_by_kernel, scan_cell
 
 
@@ -62,7 +68,7 @@ class Internals(NamedTuple):
 def lstm(
     params: LSTMParams,
     inputs: Float[Given, "T *B I"],
-    state: LSTMState | None = None,
+    state: Pair | None = None,
     *,
     lengths: Int[Given, "*B"] | None = None,
     resets: Bool[Given, "T *B"] | None = None,
@@ -78,7 +84,8 @@ def lstm(
     Args:
       params: Weights of the layer.
       inputs: `[T, *B, I]`; T may be 0, and so may any batch axis.
-      state: State before the first step; zero when None.
+      state: State before the first step, `LSTMState` or any pair (c, h); zero when
+        None.
       lengths: Number of valid steps of each row, 0 to T; T when None. A length of 0
         returns the initial state.
       resets: Where true, the state is zero before that step (in the direction of
@@ -101,7 +108,8 @@ def lstm(
       `(final_state, outputs)`, outputs `[T, *B, H]` in the computation dtype.
 
     Raises:
-      TypeError: If inputs are not floating, lengths not integers, resets not booleans.
+      TypeError: If weights, inputs or `dtype` are not floating, lengths not integers,
+        resets not booleans.
       ValueError: If a shape does not fit, a concrete length is outside 0 … T, `remat`
         is below 1, or `implementation` is no name of one.
       NotImplementedError: If the implementation asked for cannot run, or with `remat`
@@ -161,9 +169,11 @@ def explain(
     could run, but "scan" was asked for
     """
     told = []
+    known = lengths if isinstance(lengths, Given) else None
 
     def call(arrays: Any) -> Any:
         params, inputs, state, lengths, resets = arrays
+        lengths = lengths if known is None else known  # its values are checked
         arguments = prepared(params, inputs, state, lengths, resets, dtype)
         request = Request(*arguments, resets is not None)
         told.append(explained(implementation, request))
@@ -185,7 +195,7 @@ def explain(
 def lstm_internals(
     params: LSTMParams,
     inputs: Float[Given, "T *B I"],
-    state: LSTMState | None = None,
+    state: Pair | None = None,
     *,
     lengths: Int[Given, "*B"] | None = None,
     resets: Bool[Given, "T *B"] | None = None,
@@ -239,7 +249,7 @@ def lstm_internals(
 def prepared(
     params: LSTMParams,
     inputs: Any,
-    state: LSTMState | None,
+    state: Pair | None,
     lengths: Any,
     resets: Any,
     dtype: Any,
@@ -249,9 +259,12 @@ def prepared(
     params = LSTMParams(*(jnp.asarray(p) for p in params))
     check_sequence(inputs, lengths, resets, input_size=params.kernel.shape[0])
     dtype = jnp.dtype(dtype or jnp.result_type(inputs, params.kernel))
+    check_floating("dtype", dtype)
     shape = (*inputs.shape[1:-1], params.recurrent_kernel.shape[0])
     if state is None:
         state = zero_state(shape[:-1], shape[-1], dtype)
     check_state(state, shape)
-    state = LSTMState(state.c.astype(state_dtype(dtype)), state.h.astype(dtype))
-    return params, jnp.asarray(inputs, dtype), state
+    c, h = state
+    state = LSTMState(c.astype(state_dtype(dtype)), h.astype(dtype))
+    inputs = jnp.asarray(inputs, dtype)
+    return params, inputs, spread_as(state, inputs)

@@ -74,11 +74,36 @@ def test_the_module_is_the_function(time_major):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
-def test_marks_move_to_the_last_step_before_along_any_axis():
-    marks = np.random.default_rng(0).random((3, 5)) < 0.5
-    want = np.concatenate([marks[:, 1:], np.zeros((3, 1), bool)], 1)
-    np.testing.assert_array_equal(backward_resets(marks, axis=1), want)
-    assert backward_resets(marks[:, :0], axis=1).shape == (3, 0)
+def test_marks_move_to_the_last_step_before():
+    marks = np.random.default_rng(0).random((5, 3)) < 0.5
+    want = np.concatenate([marks[1:], np.zeros((1, 3), bool)])
+    np.testing.assert_array_equal(backward_resets(marks), want)
+    assert backward_resets(marks[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "time_major", [True, False, None], ids=["TB", "BT", "function"]
+)
+def test_a_mark_in_the_padding_changes_nothing(time_major):
+    """At the first step past the end it would stand at the last one, moved."""
+    params, xs, state = draw(0, np.float32)
+    module = modules.BidirectionalLSTM(D, H, rngs=nnx.Rngs(0))
+    lengths, marks = jnp.array([6, 2, 4]), jnp.zeros((T, B), bool)
+
+    def run(resets):
+        options = {"resets": resets, "time_major": time_major, "seq_lengths": lengths}
+        if time_major is None:
+            states = state, state
+            return bidirectional(
+                params, params, xs, states, lengths=lengths, resets=resets
+            )
+        if not time_major:
+            options["resets"] = resets.T
+        given = xs if time_major else xs.swapaxes(0, 1)
+        return module(given, initial_carry=(state, state), return_carry=True, **options)
+
+    past = marks.at[jnp.array([2, 4]), jnp.array([1, 2])].set(True)
+    jax.tree.map(np.testing.assert_array_equal, run(past), run(marks))
 
 
 @pytest.mark.usefixtures("as_installed")

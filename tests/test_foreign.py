@@ -256,6 +256,40 @@ def test_an_exported_module_runs_without_it():
 
 
 @needs_kernel
+@pytest.mark.parametrize("narrow", ["kernel", "recurrent_kernel", "bias"])
+def test_gradients_have_the_dtypes_of_their_weights(narrow):
+    """Each weight in a dtype of its own, as JAX and every optimiser demand."""
+    params, x, _, _ = inputs_of(SHAPES["odd"], lengths=False, resets=False)
+    params = params._replace(**{narrow: getattr(params, narrow).astype("bfloat16")})
+
+    def gradients(implementation):
+        def loss(params):
+            return jnp.sum(lstm(params, x, implementation=implementation)[1] ** 2)
+
+        return jax.grad(loss)(params)
+
+    for got, want, weight in zip(*map(gradients, ("cpu", "scan")), params, strict=True):
+        assert got.dtype == weight.dtype
+        # One rounding to bfloat16, 2^-9; the scan rounds its sums at every step.
+        assert relative(got.astype("float32"), want) < (
+            0.02 if weight.dtype == jnp.bfloat16 else 1e-5
+        )
+
+
+@needs_kernel
+def test_a_second_eager_call_compiles_nothing():
+    params, x, _, _ = inputs_of(SHAPES["odd"], lengths=False, resets=False)
+    run = jax.value_and_grad(lambda params: jnp.sum(lstm(params, x)[1]))
+    run(params)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event)
+    )
+    run(params)
+    assert not [event for event in compiled if "backend_compile" in event]
+
+
+@needs_kernel
 def test_none_chooses_it_where_it_can_run():
     params, x, _, _ = inputs_of(SHAPES["odd"], lengths=False, resets=False)
     assert explain(params, x).implementation == "cpu"

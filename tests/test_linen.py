@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("hurried")
 T, B, D, H = 5, 3, 4, 6
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 LENGTHS = np.array([5, 2, 1])
+LIVE = np.arange(T)[None, :] < LENGTHS[:, None]
 lecun = nn.initializers.lecun_normal()
 
 
@@ -254,6 +255,22 @@ def test_random_initial_carry_comes_from_init_key():
     )
 
 
+def test_initial_carries_are_drawn_apart_as_in_flax_bidirectional():
+    x, init = inputs(B, T, D), nn.initializers.normal(1.0)
+    ours = linen.BidirectionalLSTM(H, options={"carry_init": init})
+    theirs = nn.Bidirectional(*(linen.LSTM(H, carry_init=init) for _ in range(2)))
+    variables = ours.init(jax.random.key(0), x)
+    for call in ({}, {"init_key": jax.random.key(5)}):
+        got, want = (layer.apply(variables, x, **call) for layer in (ours, theirs))
+        np.testing.assert_allclose(got, want, **CLOSE)
+    stack = linen.StackedLSTM((H, H), options={"carry_init": init}, return_carry=True)
+    variables = stack.init(jax.random.key(0), x)
+    # With nothing to run over, the final carries are the initial ones.
+    call = {"init_key": jax.random.key(5), "seq_lengths": jnp.zeros(B, int)}
+    (first, second), _ = stack.apply(variables, x, **call)
+    assert np.abs(np.asarray(first.h - second.h)).min() > 1e-4
+
+
 def test_partitioned_initialisers_keep_their_names():
     layer = linen.LSTM(
         H,
@@ -267,9 +284,51 @@ def test_partitioned_initialisers_keep_their_names():
     assert layer.apply(variables, inputs(B, T, D)).shape == (B, T, H)
 
 
+@pytest.mark.parametrize(
+    ("module", "call", "message"),
+    [
+        (linen.LSTM(H), {"resets": np.zeros((T, B), bool)}, r"time\] = \(3, 5\)"),
+        (linen.LSTM(H), {"seq_lengths": np.array([9, 1, 1])}, "within 0 … 5"),
+        (linen.LSTM(H), {"initial_carry": np.zeros((B, H))}, r"another pair \(c, h\)"),
+        (
+            linen.StackedLSTM((H,)),
+            {"initial_carry": {}},
+            "each of the 1 layers; got dict",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("as_installed")
+def test_what_does_not_fit_is_named_in_the_axes_of_the_call(module, call, message):
+    """Values of lengths, too, under jit, where they are known all the same."""
+    x = inputs(B, T, D)
+    with pytest.raises((ValueError, TypeError), match=message):
+        jax.jit(lambda x: module.init(jax.random.key(0), x, **call))(x)
+
+
 def test_inputs_without_time_are_refused():
-    with pytest.raises(ValueError, match=r"inputs must be \[\*batch, time, features\]"):
+    with pytest.raises(ValueError, match=r"inputs must be \[\*batch, time, 4\]"):
         linen.LSTM(H).init(jax.random.key(0), inputs(D))
+
+
+def test_padding_does_not_pass_by_residual_layers():
+    x = inputs(B, T, D)
+    dead = np.where(LIVE[..., None], x, np.nan)
+    stack = linen.StackedLSTM((D, D), residual=True)
+    variables = stack.init(jax.random.key(0), x)
+    got, want = (stack.apply(variables, x, seq_lengths=LENGTHS) for x in (dead, x))
+    np.testing.assert_array_equal(got, want)
+    assert (np.asarray(got)[~LIVE] == 0).all()
+
+
+def test_both_directions_of_a_stack_keep_the_order():
+    x = inputs(B, T, D)
+    stack = linen.StackedLSTM((H, H), bidirectional=True)
+    variables = stack.init(jax.random.key(0), x)
+    got, want = (
+        stack.apply(variables, x, seq_lengths=LENGTHS, reverse=reverse)
+        for reverse in (True, False)
+    )
+    np.testing.assert_array_equal(got, want)
 
 
 def numpy_stack(params, x, *, bidirectional=False, residual=False, lengths=None):

@@ -163,6 +163,28 @@ def test_initial_carry_is_zero_or_drawn():
         cell.initialize_carry((B, D), carry_init=flax_nnx.initializers.normal(1.0))
 
 
+def test_a_carry_of_zeros_needs_nothing_to_draw_with():
+    options = {"carry_init": flax_nnx.initializers.zeros, "rngs": flax_nnx.Rngs(0)}
+    got, want = nnx.LSTM(D, H, **options), nnx.LSTM(D, H, rngs=flax_nnx.Rngs(0))
+    x = inputs(B, T, D)
+    np.testing.assert_array_equal(got(x), want(x))
+
+
+def test_initialisers_with_a_partitioning_draw_the_same_and_keep_it():
+    draws = {
+        "kernel_init": flax_nnx.initializers.lecun_normal(),
+        "recurrent_kernel_init": flax_nnx.initializers.orthogonal(),
+        "bias_init": flax_nnx.initializers.ones,
+    }
+    boxed = {
+        name: flax_nnx.with_metadata(init, of=name) for name, init in draws.items()
+    }
+    got, want = (nnx.LSTMCell(D, H, rngs=flax_nnx.Rngs(0), **d) for d in (boxed, draws))
+    jax.tree.map(np.testing.assert_array_equal, got.fused(), want.fused())
+    weights = got.dense_i.kernel, got.dense_h.kernel, got.dense_h.bias
+    assert [weight.get_metadata("of") for weight in weights] == list(draws)
+
+
 def test_bfloat16_and_padding_with_resets_equal_numpy():
     x, resets = inputs(B, T, D), inputs(B, T, seed=3) > 0.5
     x[1, 2:] = np.nan

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 from hypothesis import strategies as st
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flax_lstm as fl
 from flax_lstm.loop import flip
@@ -434,6 +434,23 @@ WRONG = {
         {"params": fl.LSTMParams(*(jnp.zeros(s) for s in ((20, 3), (20, 5), (20,))))},
         r"params must be kernel \[I, 4H\].*got kernel \(20, 3\)",
     ),
+    "params of another cell": (
+        TypeError,
+        {"params": (jnp.zeros((3, 20)),) * 4},
+        r"params must be LSTMParams\(.*got tuple.*scan_cell",
+    ),
+    "params dtype": (
+        TypeError,
+        {"params": fl.LSTMParams(*(jnp.zeros(s, int) for s in ((3, 20), (5, 20), 20)))},
+        "params.kernel must be floating; got int32",
+    ),
+    "dtype": (TypeError, {"dtype": jnp.int32}, "dtype must be floating; got int32"),
+    "state": (
+        TypeError,
+        {"state": jnp.zeros((4, 5))},
+        r"state must be LSTMState\(c, h\) or another pair \(c, h\); got \w+\.",
+    ),
+    "remat": (ValueError, {"remat": None}, "remat must be True, False or .*got None"),
     "params bias": (
         ValueError,
         {"params": fl.LSTMParams(*(jnp.zeros(s) for s in ((3, 20), (5, 20), (5,))))},
@@ -449,3 +466,97 @@ def test_a_wrong_argument_is_named_with_what_was_expected(small, kind, wrong, me
     arguments = {"params": params, "inputs": inputs, "state": state} | wrong
     with pytest.raises(kind, match=message):
         fl.lstm(**arguments)
+    if not isinstance(arguments["inputs"], list):  # no array to tell the shape of
+        with pytest.raises(kind, match=message):
+            fl.explain(**arguments)
+
+
+def test_a_plain_pair_is_a_state(small):
+    params, xs, state, _ = small
+    for run in (fl.lstm, fl.lstm_internals):
+        got, want = run(params, xs, tuple(state)), run(params, xs, state)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    got, want = (fl.lstm_cell(params, s, xs[0]) for s in (tuple(state), state))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert "runs" in str(fl.explain(params, xs, tuple(state)))
+
+
+@pytest.mark.parametrize("implementation", ["scan", "xla", None])
+def test_a_length_above_the_steps_that_only_jit_sees_is_that_of_all(
+    small, implementation
+):
+    params, xs, _, _ = small
+
+    @jax.jit
+    def run(lengths):
+        return fl.lstm(
+            params, xs, lengths=lengths, reverse=True, implementation=implementation
+        )
+
+    got, want = (run(jnp.array([6, 2, last, 0])) for last in (9, 6))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "xla", None])
+def test_tools_that_look_for_errors_find_none(small, implementation):
+    """NaN in what is kept past the lengths is nobody's; without jit it runs as well."""
+    params, xs, _, _ = small
+    lengths = jnp.array([6, 2, 5, 0])
+
+    def loss(params):
+        options = {"lengths": lengths, "implementation": implementation}
+        return jnp.sum(fl.lstm(params, xs, **options)[1] ** 2)
+
+    want = jax.grad(loss)(params)
+    with jax.debug_nans(True):
+        seen = jax.grad(loss)(params)
+    with jax.disable_jit():
+        slow = jax.grad(loss)(params)
+    for got in (seen, slow):
+        jax.tree.map(
+            lambda g, w: np.testing.assert_allclose(g, w, 1e-5, 1e-6), got, want
+        )
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_promoted_unasked(small, wide, dtype):
+    """With `jax_numpy_dtype_promotion="strict"`, which raises where something is."""
+    params, xs, _, _ = small
+    params, xs = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, xs))
+    resets = jnp.zeros(xs.shape[:2], bool)
+    with jax.enable_x64(wide), jax.numpy_dtype_promotion("strict"):
+        for lengths in (
+            None,
+            *(np.array([6, 2, 5, 0], d) for d in (np.int8, np.int64)),
+        ):
+            options = {"lengths": lengths, "resets": resets, "reverse": True}
+            for implementation in ("scan", "xla", None):
+                fl.lstm(params, xs, implementation=implementation, **options)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "xla", None])
+def test_rows_may_be_spread_over_a_mesh_of_explicit_axes(implementation):
+    """Where the type of an array says how it is spread, a loop must not change it."""
+    params = fl.init_lstm_params(jax.random.key(0), 3, 4)
+    xs = jax.random.normal(jax.random.key(1), (6, 8, 3))
+    lengths = jnp.array([6, 5, 0, 3, 1, 2, 6, 4])
+
+    def run(params, xs, lengths):
+        def loss(params):
+            options = {"lengths": lengths, "implementation": implementation}
+            return jnp.sum(fl.lstm(params, xs, **options)[1] ** 2)
+
+        return jax.value_and_grad(loss)(params)
+
+    want = jax.jit(run)(params, xs, lengths)
+    axes = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=axes)
+    with jax.set_mesh(mesh):
+        specs = PartitionSpec(), PartitionSpec(None, "data"), PartitionSpec("data")
+        given = (
+            jax.device_put(value, NamedSharding(mesh, spec))
+            for value, spec in zip((params, xs, lengths), specs, strict=True)
+        )
+        got = jax.jit(run)(*given)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, 1e-5, 1e-6), got, want)

@@ -146,8 +146,9 @@ class LSTMCell(nn.RNNCellBase):
 class LSTM(nn.Module):
     """One layer over time, called as `nn.RNN` is, with its parameters below `cell`.
 
-    Takes the place of `nn.RNN(nn.OptimizedLSTMCell(H))`, whose parameters load
-    unchanged, and goes into `nn.Bidirectional`.
+    Takes the place of `nn.RNN(nn.OptimizedLSTMCell(H))`, and goes into
+    `nn.Bidirectional`. The parameters are the same, but where Flax has those of a cell
+    made inside `@nn.compact` beside the layer (`OptimizedLSTMCell_0`).
 
     Attributes:
       features: H, the number of units.

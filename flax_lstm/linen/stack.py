@@ -1,8 +1,10 @@
 """Several Linen LSTM layers: both directions, and one after another."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
@@ -11,6 +13,11 @@ from flax_lstm import layers
 from flax_lstm.directions import Merge
 from flax_lstm.initializers import InitializerName, weight_initializers
 from flax_lstm.linen.recurrent import LSTM
+
+
+def split(key: Array | None, number: int) -> Any:
+    """Returns a key for each of several layers; None for each where there is none."""
+    return [None] * number if key is None else jax.random.split(key, number)
 
 
 class BidirectionalLSTM(nn.Module):
@@ -54,13 +61,13 @@ class BidirectionalLSTM(nn.Module):
     ) -> Any:
         """Runs both layers; see `LSTM`. As in Flax, the order is always kept."""
         del reverse, keep_order
+        keys = split(init_key, 2)
         carry, outputs = layers.run_both(
-            self.forward_rnn,
-            self.backward_rnn,
+            partial(self.forward_rnn, init_key=keys[0]),
+            partial(self.backward_rnn, init_key=keys[1]),
             inputs,
             initial_carry,
             merge=self.merge,
-            init_key=init_key,
             seq_lengths=seq_lengths,
             resets=resets,
             time_major=self.time_major if time_major is None else time_major,
@@ -85,7 +92,8 @@ class StackedLSTM(nn.Module):
       deterministic: No dropout unless a key is given.
       time_major: Inputs and outputs are `[T, *B, ...]`.
       return_carry: Return `(carries, outputs)` in place of the outputs.
-      reverse: Run every layer from each row's last valid step to its first.
+      reverse: Run every layer from each row's last valid step to its first; changes
+        nothing where all run in both directions, whose order is always kept.
       keep_order: With reverse, return the outputs in the order of the inputs.
       options: Further attributes of every `LSTM`.
     """
@@ -146,6 +154,7 @@ class StackedLSTM(nn.Module):
             key = self.make_rng("dropout")
         built = []
         input_size = jnp.shape(inputs)[-1]
+        keys = split(init_key, len(self.features))
         for number, hidden in enumerate(self.features):
             kernel, recurrent = weight_initializers(
                 self.initializer, input_size, hidden
@@ -157,9 +166,10 @@ class StackedLSTM(nn.Module):
             options = inits | dict(self.options or {})
             name = f"layer_{number}"
             if self.bidirectional:
-                built.append(BidirectionalLSTM(hidden, options=options, name=name))
+                layer = BidirectionalLSTM(hidden, options=options, name=name)
             else:
-                built.append(LSTM(hidden, **options, name=name))
+                layer = LSTM(hidden, **options, name=name)
+            built.append(partial(layer, init_key=keys[number]))
             input_size = 2 * hidden if self.bidirectional else hidden
         carries, outputs = layers.run_stack(
             built,
@@ -171,10 +181,10 @@ class StackedLSTM(nn.Module):
             residual=self.residual,
             time_major=time_major,
             reverse=self.reverse if reverse is None else reverse,
-            keep_order=self.keep_order if keep_order is None else keep_order,
+            keep_order=self.bidirectional
+            or (self.keep_order if keep_order is None else keep_order),
             seq_lengths=seq_lengths,
             resets=resets,
-            init_key=init_key,
         )
         if return_carry is None:
             return_carry = self.return_carry

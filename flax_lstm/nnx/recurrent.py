@@ -16,6 +16,7 @@ from flax_lstm.initializers import ByGate, FusedBias
 from flax_lstm.layers import Activation
 
 Rngs = nnx.Rngs | nnx.RngStream
+zeros = jax.nn.initializers.zeros
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -50,7 +51,7 @@ class LSTMCell(nnx.RNNCellBase):
         activation_fn: Activation = jnp.tanh,
         kernel_init: Initializer = glorot,
         recurrent_kernel_init: Initializer = orthogonal,
-        bias_init: Initializer = jax.nn.initializers.zeros,
+        bias_init: Initializer = zeros,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         carry_init: Initializer | None = None,
@@ -123,7 +124,7 @@ class LSTMCell(nnx.RNNCellBase):
         """
         carry_init = carry_init or self.carry_init
         keys = None
-        if carry_init is not None:
+        if carry_init not in (None, zeros):
             if rngs is None:
                 raise ValueError(
                     "rngs must be given to draw a carry with carry_init; got None."

@@ -93,7 +93,8 @@ class StackedLSTM(nnx.Module):
       deterministic: No dropout unless a key is given.
       time_major: Inputs and outputs are `[T, *B, ...]`.
       return_carry: Return `(carries, outputs)` in place of the outputs.
-      reverse: Run every layer from each row's last valid step to its first.
+      reverse: Run every layer from each row's last valid step to its first; changes
+        nothing where all run in both directions, whose order is always kept.
       keep_order: With reverse, return the outputs in the order of the inputs.
       rngs: Source of the parameters' keys.
       **options: Further arguments of `LSTM`.
@@ -121,6 +122,7 @@ class StackedLSTM(nnx.Module):
         self.dropout = dropout
         self.variational = variational
         self.residual = residual
+        self.bidirectional = bidirectional
         self.deterministic = deterministic
         self.time_major = time_major
         self.return_carry = return_carry
@@ -194,7 +196,8 @@ class StackedLSTM(nnx.Module):
             residual=self.residual,
             time_major=time_major,
             reverse=self.reverse if reverse is None else reverse,
-            keep_order=self.keep_order if keep_order is None else keep_order,
+            keep_order=self.bidirectional
+            or (self.keep_order if keep_order is None else keep_order),
             seq_lengths=seq_lengths,
             resets=resets,
             rngs=rngs,

@@ -5,6 +5,7 @@ Values and gradients are held against NumPy float64 (`reference.py`).
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import reference
 from flax_lstm_kernels.target import on
@@ -92,3 +93,45 @@ def test_values_and_gradients_are_those_of_numpy(platform, dtype, reverse):
         **d_state._asdict(),
     }.items():
         assert reference.error(got, wanted[name]) < derivatives, name
+
+
+@pytest.mark.parametrize("platform", KINDS)
+@pytest.mark.kernels("interpreted")
+def test_x64_changes_nothing_inside(platform):
+    """Integers of Python would have 64 bits there, which no kernel knows."""
+    params, x, state, lengths, resets = problem("bfloat16")
+
+    def run():
+        def loss(params):
+            options = {"lengths": lengths, "resets": resets, "dtype": x.dtype}
+            _, y = lstm(params, x, state, implementation="pallas", **options)
+            return jnp.sum(y.astype("float32") ** 2)
+
+        with on(platform, KINDS[platform], interpret=True):
+            return jax.jit(jax.value_and_grad(loss))(params)
+
+    want = run()
+    with jax.enable_x64(True):
+        got = run()
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("platform", KINDS)
+@pytest.mark.kernels("lowered")
+def test_kernels_lower_with_x64(platform):
+    params, x, *_ = problem("bfloat16")
+    with jax.enable_x64(True), on(platform, KINDS[platform]):
+
+        def loss(params):
+            _, y = lstm(params, x, implementation="pallas", dtype=x.dtype)
+            return jnp.sum(y.astype("float32"))
+
+        check = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+        made = jax.export.export(
+            jax.jit(jax.value_and_grad(loss)),
+            platforms=[platform],
+            disabled_checks=[check],
+        )(params)
+    assert {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}[platform] in (
+        made.mlir_module()
+    )
