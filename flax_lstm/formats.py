@@ -102,6 +102,8 @@ def parse_csv(
         records, ends, before = [], [], lines
         began = reader.line_num + 1
         for record in reader:
+            if tabs and reader.line_num > began:
+                _check_quoted(record, path, began, reader.line_num, before)
             if record and len(record) != len(header):
                 raise UserError(
                     f"line {before() + reader.line_num} of {path} has {len(record)} "
@@ -123,6 +125,23 @@ def parse_csv(
     values = zip(*records, strict=True) if records else [[] for _ in header]
     columns = {name: list(column) for name, column in zip(header, values, strict=True)}
     return columns, ends, "line"
+
+
+def _check_quoted(
+    record: list[str], path: Path, first: int, last: int, before: Callable[[], int]
+) -> None:
+    """Raises UserError where rows of a tsv seem to lie within the quotes of one text.
+
+    Many a tsv is written without quoting. There a text that begins with a quote would
+    go on, over rows and their labels, up to one that ends with a quote.
+    """
+    if any("\t" in text and ("\n" in text or "\r" in text) for text in record):
+        raise UserError(
+            f"the row in lines {before() + first} to {before() + last} of {path} has a "
+            "text within quotes that holds tabs and line breaks, as if it were several "
+            "rows. A text that begins with a quote must be quoted itself, with its "
+            "quotes doubled, or be given as jsonl."
+        )
 
 
 def is_array(text: str) -> bool:

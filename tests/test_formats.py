@@ -52,6 +52,29 @@ def test_broken_csv_names_the_line(content, message):
         parse_csv(content.encode(), FILE, tabs=False)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["n", "rn", "r"])
+def test_rows_of_a_tsv_between_two_stray_quotes_are_not_one_text(end):
+    """The reader of csv takes them for one, and 2 of 4 rows would be gone."""
+    rows = ["text\tlabel", "fine\t1", '"so good\t1', "bad\t0", 'I left"\t0', ""]
+    with pytest.raises(UserError) as refused:
+        parse_csv(end.join(rows).encode(), FILE, tabs=True)
+    said = str(refused.value)
+    assert said.startswith("the row in lines 3 to 5 of FILE has a text within quotes")
+    assert "its quotes doubled, or be given as jsonl" in said
+
+
+def test_a_quoted_text_of_a_tsv_has_tabs_or_lines():
+    """Either is how a csv is quoted; a csv may have both."""
+    rows = 'text\tlabel\n"two\nlines"\t1\n"a\ttab"\t0\n"""so"" he said"\t1\n'
+    columns, lines, _ = parse_csv(rows.encode(), FILE, tabs=True)
+    texts = ["two\nlines", "a\ttab", '"so" he said']
+    assert columns == {"text": texts, "label": ["1", "0", "1"]}
+    assert lines == [3, 4, 5]
+    both = 'text,label\n"a\ttab\nin two lines",1\n'
+    columns, _, _ = parse_csv(both.encode(), FILE, tabs=False)
+    assert columns["text"] == ["a\ttab\nin two lines"]
+
+
 def test_json_as_an_array_or_as_lines():
     records = [{"text": "a", "label": 1}, {"text": "b\u2028c", "label": 0}]
     want = {"text": ["a", "b\u2028c"], "label": [1, 0]}

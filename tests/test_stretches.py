@@ -83,6 +83,28 @@ def test_a_row_that_does_not_parse_is_named_once(
     assert re.search(words.format(5 * number - 3), said[0]), said
 
 
+@pytest.mark.parametrize("rows", [1, 10, 60], ids=["within", "over two", "over all"])
+def test_rows_between_two_stray_quotes_are_refused_as_by_one_process(
+    tmp_path, monkeypatch, rows
+):
+    """Wherever stretches begin among them; see `formats.parse_csv`."""
+    lines = [f"film {n}\t{n % 2}\n" for n in range(90)]
+    lines[20] = '"' + lines[20]
+    lines[20 + rows] = f'film"\t{rows % 2}\n'
+    path = tmp_path / "file.tsv"
+    path.write_text("".join(["text\tlabel\n", *lines]))
+    found = processes(monkeypatch, 4).run(
+        lambda _: read_stretch(path, share_of_this_process())
+    )
+    assert all(isinstance(one, UserError) for one in found)
+    said = [str(one) for one in found if not str(one).startswith("process ")]
+    assert len(said) == 1, found
+    with pytest.raises(UserError) as alone:
+        parse_csv(path.read_bytes(), path, True)
+    assert said == [str(alone.value)]
+    assert said[0].startswith(f"the row in lines 22 to {22 + rows} of {path} has")
+
+
 def test_lines_are_cut_where_they_end(tmp_path, monkeypatch):
     path = tmp_path / "file.jsonl"
     path.write_text("a" * 50 + "\n" + "b" * 3 + "\n" + "c" * 7)
