@@ -58,7 +58,7 @@ def read(name: str, config: DataConfig, share: Share = ALONE) -> Source:
       UserError: If it cannot be found, cannot be read, or lacks what is needed.
     """
     path = Path(name).expanduser()
-    with share.together():
+    with share.together(), read_errors(path):
         kind = _kind(name, path)
     share.agree(data_is=kind)
     if kind == "demo":
@@ -166,13 +166,13 @@ def _rows_of_text(content: bytes, path: Path, config: DataConfig) -> Rows:
 
 
 def _read_folder(path: Path, config: DataConfig, share: Share) -> Source:
-    """Reads `train/pos`, `train/neg`, and `test/` or `validation/` the same."""
+    """Reads `train/pos`, `train/neg`, and `validation/` and `test/` the same."""
     with share.together(), read_errors(path):
         if config.group_column:
             raise UserError(
                 f"the folder {path} has no columns; leave out --group-column."
             )
-        listed = _files_of_folder(path)
+        listed, notes = _files_of_folder(path)
     share.agree(files={part: len(files) for part, files in listed.items()})
     parts, mine = {}, hashlib.sha256()
     with share.together():
@@ -184,28 +184,52 @@ def _read_folder(path: Path, config: DataConfig, share: Share) -> Source:
     digest = mine.hexdigest()
     if not share.whole:
         digest = _digest_of_folder(path, listed, share, digest)
-    return Source(parts, str(path), digest)
+    return Source(parts, str(path), digest, tuple(notes))
 
 
-def _files_of_folder(path: Path) -> dict[str, list[tuple[Path, str]]]:
-    """Returns the files of each part, and their labels."""
-    parts = {}
-    for part, folder in [("train", path / "train"), ("test", path / "test")]:
-        if part == "train" and not folder.is_dir() and (path / "pos").is_dir():
-            folder = path
-        if part == "test" and not folder.is_dir():
+def _files_of_folder(
+    path: Path,
+) -> tuple[dict[str, list[tuple[Path, str]]], list[str]]:
+    """Returns the files of each part with their labels, and what else there is."""
+    parts, notes = {}, []
+    for part in PART_NAMES:
+        folder = _folder_of_part(path, part)
+        if folder is None:
             continue
         parts[part] = []
         for label in ("neg", "pos"):
             if not (folder / label).is_dir():
                 raise UserError(
                     f"no folder {folder / label}; expected {path}/train/pos and "
-                    f"{path}/train/neg (and test/ the same) with one text per .txt "
-                    "file."
+                    f"{path}/train/neg (and validation/ and test/ the same) with one "
+                    "text per .txt file."
                 )
-            files = sorted((folder / label).glob("*.txt"))
-            parts[part] += [(file, label) for file in files]
-    return parts
+            others = []
+            # Not glob, which takes a folder that it may not read for an empty one.
+            for file in sorted((folder / label).iterdir()):
+                if file.suffix.lower() == ".txt":
+                    parts[part].append((file, label))
+                else:
+                    others.append(file.name)
+            if others:
+                notes.append(
+                    f"{folder / label}: {len(others)} without the suffix .txt, not "
+                    f"used (the first is {others[0]})"
+                )
+    return parts, notes
+
+
+def _folder_of_part(path: Path, part: str) -> Path | None:
+    """Returns where a part lies; the training part may be the folder itself."""
+    found = [path / name for name in PART_NAMES[part] if (path / name).is_dir()]
+    if len(found) > 1:
+        raise UserError(
+            f"{path} has two folders for the {part} part: {found[0].name} and "
+            f"{found[1].name}. Move one of them away."
+        )
+    if found or part != "train":
+        return found[0] if found else None
+    return path if (path / "pos").is_dir() else path / "train"
 
 
 def _digested(file: Path, folder: Path, *digests: Any) -> bytes:

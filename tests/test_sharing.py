@@ -49,7 +49,7 @@ def write(folder: Path, form: str) -> Path:
     if form == "folder":
         for n, row in enumerate(rows):
             name = ["neg", "pos"][row["label"]]
-            for part in ("train", "test") if n % 5 else ("train",):
+            for part in ("train", "test", "dev") if n % 5 else ("train",):
                 (path / part / name).mkdir(parents=True, exist_ok=True)
                 file = path / part / name / f"{n:03}.txt"
                 file.write_text(row["text"], encoding="utf-8")
