@@ -7,6 +7,7 @@ is a letter, and the first to tell is the SHA-256 that a run keeps of its file.
 """
 
 import contextlib
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,18 +129,21 @@ def check_memory(path: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def quiet_datasets(progress: bool = False) -> Iterator[None]:
-    """Keeps the log (and progress bars) of `datasets` out of the terminal."""
+    """Keeps the logs (and progress bars) of `datasets` out of the terminal."""
     import datasets
 
-    level = datasets.logging.get_verbosity()
+    hub = logging.getLogger("huggingface_hub")  # warns at each of six attempts
+    level, hub_level = datasets.logging.get_verbosity(), hub.level
     bars = datasets.utils.are_progress_bars_disabled()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    hub.setLevel(logging.CRITICAL)
     if not progress:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(level)
+        hub.setLevel(hub_level)
         if not bars:
             datasets.enable_progress_bars()
 

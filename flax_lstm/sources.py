@@ -32,6 +32,15 @@ PART_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+OTHER_SUFFIXES = (
+    *(".txt", ".xml", ".html", ".pdf", ".xls", ".xlsx", ".ods", ".ndjson", ".arrow"),
+    *(".feather", ".pkl", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".7z"),
+)
+"""Of files as well: who gives such a name that is not there mistook a path."""
+EXPECTED = (
+    f"expected `demo`, a {', '.join(SUFFIXES)} file, a folder with train/pos and "
+    "train/neg, or the name of a Hugging Face dataset (owner/name)."
+)
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -75,19 +84,18 @@ def read(name: str, config: DataConfig, share: Share = ALONE) -> Source:
 
 
 def _kind(name: str, path: Path) -> str:
+    if not name.strip():  # Path("") is the folder where one is
+        raise UserError(f"the name of the data is empty; {EXPECTED}")
     if name == "demo":
         return "demo"
     if path.is_dir():
         return "folder"
     if path.is_file():
         return "file"
-    if _HUB_NAME.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if _HUB_NAME.fullmatch(name) and suffix not in SUFFIXES + OTHER_SUFFIXES:
         return "dataset of the Hub"
-    raise UserError(
-        f"no file or folder {name}{_neighbours(path)}. Expected `demo`, a "
-        f"{', '.join(SUFFIXES)} file, a folder with train/pos and train/neg, or "
-        "the name of a Hugging Face dataset (owner/name)."
-    )
+    raise UserError(f"no file or folder {name}{_neighbours(path)}; {EXPECTED}")
 
 
 def _neighbours(path: Path) -> str:
@@ -274,9 +282,10 @@ def _read_hub(name: str, config: DataConfig, share: Share) -> Source:
                 found: Any = datasets.load_dataset(name)
         except Exception as error:  # network, HTTP, missing name, unknown configuration
             lines = str(error).strip().splitlines() or [type(error).__name__]
+            cause = lines[0].rstrip(".")
             raise UserError(
                 f"{name!r} is no file or folder here, and cannot be read as a Hugging "
-                f"Face dataset: {lines[0]} Check the path or the name, and the network."
+                f"Face dataset: {cause}. Check the path or the name, and the network."
             ) from error
     share.agree(parts={split: len(found[split]) for split in sorted(found)})
     parts, notes = {}, []

@@ -3,13 +3,14 @@
 import csv
 import errno
 import json
+import logging
 import os
 import socket
 
 import datasets
 import pytest
 
-from flax_lstm import demo_corpus
+from flax_lstm import data, demo_corpus
 from flax_lstm.config import DataConfig, UserError
 from flax_lstm.sources import read
 
@@ -126,12 +127,41 @@ def test_an_unknown_type_or_a_missing_file_is_told(tmp_path):
             read(name, CONFIG)
     for name in ("reviews.csv", "other.csv", "notes.txt"):
         (tmp_path / name).write_text("text")
-    with pytest.raises(UserError, match=r"; .* has reviews.csv, \.\.\.\. Expected"):
+    with pytest.raises(UserError, match=r"; .* has reviews.csv, \.\.\.; expected"):
         read(str(tmp_path / "review.csv"), CONFIG)
-    with pytest.raises(UserError, match=r"; .* has other.csv, reviews.csv\. Expected"):
+    with pytest.raises(UserError, match=r"; .* has other.csv, reviews.csv; expected"):
         read(str(tmp_path / "zzz.csv"), CONFIG)
     with pytest.raises(UserError, match=r"; there is no folder .*nowhere either"):
         read(str(tmp_path / "nowhere" / "x.csv"), CONFIG)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    "name",
+    ["nosuch/reviews.txt", "reviews.TXT", "reviews.csv.gz", "nosuch/aclImdb.zip"],
+)
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypatch):
+    hub(monkeypatch, AssertionError("the Hub was asked"))
+    with pytest.raises(UserError, match=f"no file or folder {name}"):
+        read(name, CONFIG)
+
+
+def test_a_name_of_the_hub_may_have_a_dot(monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    hub(monkeypatch, datasets.DatasetDict({"train": rows}))
+    for name in ("org/name-v1.5", "org/name.en", "imdb"):
+        assert list(read(name, CONFIG).parts["train"].texts) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_not_the_folder_where_one_is(name, tmp_path, monkeypatch):
+    make_folder(tmp_path, {"train": {"pos": ["a"], "neg": ["b"]}})
+    monkeypatch.chdir(tmp_path)
+    assert len(read(".", CONFIG).parts["train"]) == 2
+    with pytest.raises(UserError, match=r"the name of the data is empty; expected `de"):
+        read(name, CONFIG)
+    with pytest.raises(UserError, match=r"the name of the data is empty"):
+        data.load(DataConfig(test_data=name), 0)
 
 
 def test_a_text_that_is_no_string_names_its_line(tmp_path):
@@ -273,6 +303,22 @@ def test_a_hub_dataset_keeps_its_parts_and_names_its_classes(monkeypatch):
     assert set(source.parts) == {"train", "validation"}
     assert list(source.parts["train"].labels) == ["neg", "pos"]
     assert source.notes == ("someone/reviews (test) has no labels and is not used",)
+
+
+def test_what_is_said_while_the_hub_is_asked_is_not_shown(monkeypatch, caplog):
+    """Six times the same, before the message that says it."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+
+    def load_dataset(name):
+        logger.warning("Retrying in 1s")
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"Couldn't reach it\. Check the path"):
+        read("x/y", CONFIG)
+    assert not caplog.records
+    logger.warning("afterwards")
+    assert len(caplog.records) == 1
 
 
 def test_what_the_hub_says_becomes_one_message(monkeypatch):
