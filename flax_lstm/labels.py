@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,6 @@ NEGATIVE = frozenset(
     )
 )
 _WHOLE = re.compile(r"([+-]?\d{1,1000})(\.0+)?")  # Python's int has a limit of 4300
-_FRACTION = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?|nan|[+-]?inf")
 
 
 class Classes(NamedTuple):
@@ -67,7 +67,7 @@ class Classes(NamedTuple):
 def key_of(label: object, where: str) -> str:
     """Returns the form of a label in which equal labels are equal.
 
-    >>> [key_of(label, "row 1") for label in (1, 1.0, "1", True, " Positive ")]
+    >>> [key_of(label, "row 1") for label in (1, 1.0, "1e0", True, " Positive ")]
     ['1', '1', '1', 'true', 'positive']
 
     Raises:
@@ -79,17 +79,28 @@ def key_of(label: object, where: str) -> str:
         return str(int(label))
     if isinstance(label, float | np.floating) and float(label).is_integer():
         return str(int(label))
-    if isinstance(label, str) and label.strip():
-        text = label.strip().casefold()
+    if isinstance(label, str | Decimal) and str(label).strip():
+        text = str(label).strip().casefold()
         if whole := _WHOLE.fullmatch(text):
             return str(int(whole[1]))
-        if not _FRACTION.fullmatch(text):
+        number = _number(text)
+        if number is None:
             return text
+        if number.is_integer():
+            return str(int(number))
     what = "no label" if label is None or label == "" else f"the label {shown(label)}"
     raise UserError(
         f"{where} has {what}; a label is a whole number (0, 1), a boolean or a word. "
         "Correct the row or remove it, or choose another --label-column."
     )
+
+
+def _number(text: str) -> float | None:
+    """Returns the number that a text is, or None for a word."""
+    try:
+        return None if "_" in text else float(text)  # float takes 1_0 for 10
+    except ValueError:
+        return None
 
 
 def tally(labels: Sequence[object], where: Sequence[str]) -> dict[str, list]:
