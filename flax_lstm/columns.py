@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from flax_lstm.config import DataConfig, UserError
@@ -38,6 +39,16 @@ class Where(Sequence):
 
     def __getitem__(self, row):
         return f"{self._unit} {self._numbers[row]} of {self._origin}"
+
+
+def check_names(names: Sequence[str], path: Path) -> None:
+    """Raises UserError where two columns of a file have one name."""
+    repeated = sorted({name for name in names if names.count(name) > 1 and name})
+    if repeated:
+        raise UserError(
+            f"{path} has more than one column {repeated[0]!r}; rename them so that "
+            "each name occurs once."
+        )
 
 
 def chosen(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flax_lstm.columns import check_names
 from flax_lstm.config import UserError
 from flax_lstm.labels import shown
 
@@ -93,12 +94,11 @@ def parse_csv(
     began, before = 1, none
     try:
         header = [name.strip() for name in next(reader)]
-        repeated = sorted({name for name in header if header.count(name) > 1 and name})
-        if repeated:
+        if not any(header):
             raise UserError(
-                f"{path} has more than one column {repeated[0]!r}; rename them so that "
-                "each name occurs once."
+                f"line 1 of {path} names no column; expected a header, as text,label."
             )
+        check_names(header, path)
         records, ends, before = [], [], lines
         began = reader.line_num + 1
         for record in reader:
@@ -176,7 +176,7 @@ def parse_json(
         raise UserError(
             f"line {lines() + line + error.lineno - 1} of {path} is not JSON: "
             f"{error.msg} (column {error.colno}). Expected an array of objects, or one "
-            "object per line."
+            "whole object per line."
         ) from error
     except (ValueError, RecursionError) as error:  # a key twice, digits, nesting
         where = f"{path}" if array else f"line {lines() + line} of {path}"
@@ -199,7 +199,7 @@ def parse_json(
         if escapes:
             _check_characters(record, unit, number, path, lines)
     if not records and not part:
-        raise UserError(f"no rows in {path}; nothing to learn from.")
+        raise UserError(f"no rows in {path}.")
     columns = {name: [r.get(name) for _, r in records] for name in names}
     return columns, [number for number, _ in records], unit
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flax_lstm.columns import check_names
 from flax_lstm.config import UserError
 from flax_lstm.host_memory import machine_bytes
 from flax_lstm.sharing import Share
@@ -109,11 +110,12 @@ def _form(path: Path) -> Any:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            form = file.metadata
+            form, names = file.metadata, file.schema_arrow.names
     except Exception as error:  # pyarrow's errors share no base class
         raise _damaged(path, error) from error
+    check_names(names, path)
     if not form.num_rows:
-        raise UserError(f"no rows in {path}; nothing to learn from.")
+        raise UserError(f"no rows in {path}.")
     return form
 
 

@@ -99,7 +99,7 @@ def _read_csv(
         of_header = 0
         if header and (first or not content):
             content, of_header = header + content, count_lines(header)
-        if not content:  # of a file that is empty
+        if blank and not header.strip():  # of a file that is empty
             return {}, [], 0, True
         columns, numbers, _ = parse_csv(content, path, tabs, lines)
         return columns, [number - of_header for number in numbers], ends, blank

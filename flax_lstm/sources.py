@@ -79,7 +79,7 @@ def read(name: str, config: DataConfig, share: Share = ALONE) -> Source:
     else:
         source = _read_hub(name, config, share)
     if not sum(share.gather(sum(map(len, source.parts.values())))):
-        raise UserError(f"no rows in {source.description}; nothing to learn from.")
+        raise UserError(f"no rows in {source.description}.")
     return source
 
 

@@ -50,8 +50,8 @@ ARROWS = {
     "batching": "config examples",
     "shared_rows": "batching distributed examples",
     "columns": "config labels",
-    "formats": "config labels",
-    "parquet": "config host_memory sharing",
+    "formats": "columns config labels",
+    "parquet": "columns config host_memory sharing",
     "stretches": "config sharing",
     "shared_files": "columns config formats parquet sharing stretches",
     "sources": "columns config demo_corpus formats parquet shared_files sharing "

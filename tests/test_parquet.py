@@ -6,6 +6,7 @@ import pytest
 
 from flax_lstm import parquet
 from flax_lstm.config import UserError
+from flax_lstm.sharing import Share
 
 TABLE = pa.table({"text": ["good", "bad"], "label": [1, 0]})
 
@@ -54,9 +55,22 @@ def test_a_page_that_differs_from_its_checksum_is_refused(tmp_path):
         parquet.read_parquet(path)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [parquet.read_parquet, lambda path: parquet.read_parquet_part(path, Share(1, 2))],
+    ids=["whole", "part"],
+)
+def test_a_name_that_two_columns_have_is_told(tmp_path, read):
+    path = tmp_path / "file.parquet"
+    twice = pa.table([TABLE["text"], TABLE["text"], TABLE["label"]], list("ttl"))
+    pq.write_table(twice, path)
+    with pytest.raises(UserError, match=r"file\.parquet has more than one column 't'"):
+        read(path)
+
+
 def test_no_rows_are_told(tmp_path):
     pq.write_table(TABLE.slice(0, 0), tmp_path / "file.parquet")
-    with pytest.raises(UserError, match=r"no rows in .*file\.parquet"):
+    with pytest.raises(UserError, match=r"no rows in .*file\.parquet\.$"):
         parquet.read_parquet(tmp_path / "file.parquet")
 
 

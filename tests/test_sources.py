@@ -113,7 +113,7 @@ def test_an_empty_file_has_no_rows(suffix, tmp_path):
 def test_a_header_alone_has_no_rows(tmp_path):
     path = tmp_path / "file.csv"
     path.write_text("text,label\n")
-    with pytest.raises(UserError, match=r"no rows in .*file.csv"):
+    with pytest.raises(UserError, match=r"no rows in .*file\.csv\.$"):
         read(str(path), CONFIG)
 
 

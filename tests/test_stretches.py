@@ -9,10 +9,11 @@ import re
 import pytest
 from processes import processes
 
-from flax_lstm.config import UserError
+from flax_lstm.config import DataConfig, UserError
 from flax_lstm.formats import parse_csv
 from flax_lstm.shared_files import read_stretch
 from flax_lstm.sharing import share_of_this_process
+from flax_lstm.sources import read
 from flax_lstm.stretches import line_stretch
 
 PIECES = ["a", "é", " ", ",", '"', "\n", "\r\n", "\r"]
@@ -103,6 +104,28 @@ def test_rows_between_two_stray_quotes_are_refused_as_by_one_process(
         parse_csv(path.read_bytes(), path, True)
     assert said == [str(alone.value)]
     assert said[0].startswith(f"the row in lines 22 to {22 + rows} of {path} has")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "no rows in .*file.csv: the file is empty"),
+        ("\n" * 40, "no rows in .*file.csv: the file is empty"),
+        ("\n" * 40 + "text,label\na,1\n", "line 1 of .*file.csv names no column"),
+    ],
+    ids=["empty", "blank", "header below"],
+)
+def test_a_file_without_header_is_refused(tmp_path, monkeypatch, content, words):
+    """In the same words by any number of processes."""
+    path = tmp_path / "file.csv"
+    path.write_text(content)
+    for count in (1, 3):
+        monkeypatch.undo()
+        found = processes(monkeypatch, count).run(
+            lambda _: read(str(path), DataConfig(), share_of_this_process())
+        )
+        assert all(isinstance(one, UserError) for one in found)
+        assert all(re.search(words, str(one)) for one in found), found
 
 
 def test_lines_are_cut_where_they_end(tmp_path, monkeypatch):
