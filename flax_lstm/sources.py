@@ -25,13 +25,9 @@ from flax_lstm.parquet import (
 from flax_lstm.shared_files import read_stretch
 from flax_lstm.sharing import ALONE, Share
 from flax_lstm.stretches import common_digest, read_errors
+from flax_lstm.text_folder import PART_NAMES, read_text_folder
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-PART_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
-}
 OTHER_SUFFIXES = (
     *(".txt", ".xml", ".html", ".pdf", ".xls", ".xlsx", ".ods", ".ndjson", ".arrow"),
     *(".feather", ".pkl", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".tar", ".7z"),
@@ -73,7 +69,7 @@ def read(name: str, config: DataConfig, share: Share = ALONE) -> Source:
     if kind == "demo":
         source = _read_demo(config, share)
     elif kind == "folder":
-        source = _read_folder(path, config, share)
+        source = Source(*read_text_folder(path, config, share))
     elif kind == "file":
         source = _read_file(path, config, share)
     else:
@@ -171,106 +167,6 @@ def _rows_of_text(content: bytes, path: Path, config: DataConfig) -> Rows:
         del text  # parsed from the bytes, with a hundred MB less at a time
         columns, numbers, unit = parse_csv(content, path, suffix == ".tsv")
     return rows_of(columns, Where(str(path), numbers, unit), str(path), config)
-
-
-def _read_folder(path: Path, config: DataConfig, share: Share) -> Source:
-    """Reads `train/pos`, `train/neg`, and `validation/` and `test/` the same."""
-    with share.together(), read_errors(path):
-        if config.group_column:
-            raise UserError(
-                f"the folder {path} has no columns; leave out --group-column."
-            )
-        listed, notes = _files_of_folder(path)
-    share.agree(files={part: len(files) for part, files in listed.items()})
-    parts, mine = {}, hashlib.sha256()
-    with share.together():
-        for part, files in listed.items():
-            own = files[share.stretch(len(files))]
-            texts = [decode(_digested(file, path, mine), file) for file, _ in own]
-            labels = [label for _, label in own]
-            parts[part] = Rows(texts, labels, None, [str(file) for file, _ in own])
-    digest = mine.hexdigest()
-    if not share.whole:
-        digest = _digest_of_folder(path, listed, share, digest)
-    return Source(parts, str(path), digest, tuple(notes))
-
-
-def _files_of_folder(
-    path: Path,
-) -> tuple[dict[str, list[tuple[Path, str]]], list[str]]:
-    """Returns the files of each part with their labels, and what else there is."""
-    parts, notes = {}, []
-    for part in PART_NAMES:
-        folder = _folder_of_part(path, part)
-        if folder is None:
-            continue
-        parts[part] = []
-        for label in ("neg", "pos"):
-            if not (folder / label).is_dir():
-                raise UserError(
-                    f"no folder {folder / label}; expected {path}/train/pos and "
-                    f"{path}/train/neg (and validation/ and test/ the same) with one "
-                    "text per .txt file."
-                )
-            others = []
-            # Not glob, which takes a folder that it may not read for an empty one.
-            for file in sorted((folder / label).iterdir()):
-                if file.suffix.lower() == ".txt":
-                    parts[part].append((file, label))
-                else:
-                    others.append(file.name)
-            if others:
-                notes.append(
-                    f"{folder / label}: {len(others)} without the suffix .txt, not "
-                    f"used (the first is {others[0]})"
-                )
-    return parts, notes
-
-
-def _folder_of_part(path: Path, part: str) -> Path | None:
-    """Returns where a part lies; the training part may be the folder itself."""
-    found = [path / name for name in PART_NAMES[part] if (path / name).is_dir()]
-    if len(found) > 1:
-        raise UserError(
-            f"{path} has two folders for the {part} part: {found[0].name} and "
-            f"{found[1].name}. Move one of them away."
-        )
-    if found or part != "train":
-        return found[0] if found else None
-    return path if (path / "pos").is_dir() else path / "train"
-
-
-def _digested(file: Path, folder: Path, *digests: Any) -> bytes:
-    """Reads a file of a folder; its name and content go into the digests."""
-    with read_errors(file):
-        content = file.read_bytes()
-    for digest in digests:
-        digest.update(f"{file.relative_to(folder)}\0{len(content)}\0".encode())
-        digest.update(content)
-    return content
-
-
-def _digest_of_folder(
-    path: Path, listed: dict[str, list[tuple[Path, str]]], share: Share, mine: str
-) -> str:
-    """Returns the SHA-256 of all files; see `stretches.common_digest`."""
-    said, whole = share.gather(mine), hashlib.sha256()
-    with share.together():
-        if share.process == 0:
-            of_all = [hashlib.sha256() for _ in said]
-            for files in listed.values():
-                for process, digest in enumerate(of_all):
-                    for file, _ in files[
-                        Share(process, share.count).stretch(len(files))
-                    ]:
-                        _digested(file, path, whole, digest)
-            for process, digest in enumerate(of_all):
-                if digest.hexdigest() != said[process]:
-                    raise UserError(
-                        f"process {process} differs from process 0 in the files of "
-                        f"{path}. Give all processes the same data."
-                    )
-    return share.gather(whole.hexdigest())[0]
 
 
 def _read_hub(name: str, config: DataConfig, share: Share) -> Source:

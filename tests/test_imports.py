@@ -54,8 +54,9 @@ ARROWS = {
     "parquet": "columns config host_memory sharing",
     "stretches": "config sharing",
     "shared_files": "columns config formats parquet sharing stretches",
+    "text_folder": "columns config formats sharing stretches",
     "sources": "columns config demo_corpus formats parquet shared_files sharing "
-    "stretches",
+    "stretches text_folder",
     "partition": "columns config batching",
     "encoding": "config examples partition shared_rows sharing text vocabulary",
     "data": "config labels text batching encoding examples partition shared_rows "

@@ -177,7 +177,7 @@ PARSERS = {
     "csv": "shared_files.parse_csv",
     "tsv": "shared_files.parse_csv",
     "jsonl": "shared_files.parse_json",
-    "folder": "sources.decode",
+    "folder": "text_folder.decode",
 }
 
 
