@@ -9,7 +9,7 @@ Names    Those of Flax's `RNN`: a carry is an `LSTMState`, or any pair (c, h).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,6 +97,19 @@ def initial_carry(
     shape = (*batch_shape, hidden_size)
     c = carry_init(keys[0], shape, state_dtype(dtype))
     return LSTMState(c, carry_init(keys[1], shape, dtype))
+
+
+# What the module around several layers decides, for all of them.
+OWN = ("time_major", "return_carry", "reverse", "keep_order")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options of a layer that the module around it decides."""
+    if decided := [name for name in OWN if name in options]:
+        raise ValueError(
+            f"options must not have {decided[0]!r}, which would be overruled; give it "
+            "to the module itself, or to its call."
+        )
 
 
 def as_array(given: Any) -> Any:

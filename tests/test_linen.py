@@ -320,6 +320,17 @@ def test_padding_does_not_pass_by_residual_layers():
     assert (np.asarray(got)[~LIVE] == 0).all()
 
 
+@pytest.mark.parametrize("module", [linen.BidirectionalLSTM, linen.StackedLSTM])
+def test_modules_with_options_are_values(module):
+    """They compare and hash, as the static argument of a jit must."""
+    size = H if module is linen.BidirectionalLSTM else (H,)
+    one, same, other = (module(size, options={"unroll": n}) for n in (2, 2, 3))
+    assert one == same != other
+    assert hash(one) == hash(same)
+    with pytest.raises(ValueError, match="options must not have 'time_major'"):
+        module(size, options={"time_major": True})
+
+
 def test_both_directions_of_a_stack_keep_the_order():
     x = inputs(B, T, D)
     stack = linen.StackedLSTM((H, H), bidirectional=True)

@@ -163,6 +163,11 @@ def test_initial_carry_is_zero_or_drawn():
         cell.initialize_carry((B, D), carry_init=flax_nnx.initializers.normal(1.0))
 
 
+def test_an_order_that_both_directions_do_not_have_is_refused():
+    with pytest.raises(ValueError, match="options must not have 'reverse'"):
+        nnx.BidirectionalLSTM(D, H, reverse=True, rngs=flax_nnx.Rngs(0))
+
+
 def test_a_carry_of_zeros_needs_nothing_to_draw_with():
     options = {"carry_init": flax_nnx.initializers.zeros, "rngs": flax_nnx.Rngs(0)}
     got, want = nnx.LSTM(D, H, **options), nnx.LSTM(D, H, rngs=flax_nnx.Rngs(0))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jaxtyping import Array
 
 from flax_lstm import layers
@@ -38,13 +39,18 @@ class BidirectionalLSTM(nn.Module):
     merge: Merge = "concat"
     time_major: bool = False
     return_carry: bool = False
-    options: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = FrozenDict()
+
+    def __post_init__(self) -> None:
+        """Freezes the options, so that the module can be hashed."""
+        self.options = FrozenDict(self.options)
+        layers.check_options(self.options)
+        super().__post_init__()
 
     def setup(self) -> None:
         """Makes the two layers."""
-        options = self.options or {}
-        self.forward_rnn = LSTM(self.features, **options)
-        self.backward_rnn = LSTM(self.features, **options)
+        self.forward_rnn = LSTM(self.features, **self.options)
+        self.backward_rnn = LSTM(self.features, **self.options)
 
     def __call__(
         self,
@@ -109,7 +115,13 @@ class StackedLSTM(nn.Module):
     return_carry: bool = False
     reverse: bool = False
     keep_order: bool = False
-    options: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = FrozenDict()
+
+    def __post_init__(self) -> None:
+        """Freezes the options, so that the module can be hashed."""
+        self.options = FrozenDict(self.options)
+        layers.check_options(self.options)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -163,7 +175,7 @@ class StackedLSTM(nn.Module):
                 "kernel_init": kernel,
                 "recurrent_kernel_init": recurrent,
             }
-            options = inits | dict(self.options or {})
+            options = inits | dict(self.options)
             name = f"layer_{number}"
             if self.bidirectional:
                 layer = BidirectionalLSTM(hidden, options=options, name=name)

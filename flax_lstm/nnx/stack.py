@@ -39,6 +39,7 @@ class BidirectionalLSTM(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        layers.check_options(options)
         self.merge: Merge = merge
         self.time_major = time_major
         self.return_carry = return_carry
