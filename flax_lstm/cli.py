@@ -44,7 +44,7 @@ from flax_lstm.commands.terminal import (
     without_echoes,
 )
 from flax_lstm.commands.training import DEMO_TEXTS, train
-from flax_lstm.commands.usage import check_given_once, one_line
+from flax_lstm.commands.usage import check_given_once, check_out, one_line
 from flax_lstm.config import PRESETS, Config, UserError
 from flax_lstm.environment import use_compilation_cache
 from flax_lstm.host_memory import keep_freed_memory
@@ -130,6 +130,7 @@ def _parse(argv: Sequence[str]) -> Command | None:
         print(f"flax-lstm {importlib.metadata.version('flax-lstm')}")
         return None
     check_given_once(argv)
+    check_out(argv)
     settings = Config()
     if argv[:1] == ["train"]:
         start, _ = tyro.cli(

@@ -36,11 +36,13 @@ def writing(folder: Path) -> Iterator[None]:
 
     Raises:
       UserError: If another process holds the folder (names it), if it cannot be
-        written, or if one of its own names is a link.
+        written, if one of its own names is a link, or if there is no run in it but
+        something of these names.
     """
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         _check_links(folder)
+        _check_unclaimed(folder)
         with open(_open_lock(folder), "r+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,6 +78,25 @@ def _check_links(folder: Path) -> None:
                 "folder alone. Put what it leads to in its place, or give another "
                 "folder."
             )
+
+
+def _check_unclaimed(folder: Path) -> None:
+    """Refuses to start a run over what has the names of its files.
+
+    They are somebody's own, or what is left of a run that lost its configuration.
+    """
+    taken = [name for name in NAMES if name != LOCK and _is_something(folder / name)]
+    if taken and not holds_run(folder):
+        raise UserError(
+            f"{folder} holds no run (no {CONFIG}), but {', '.join(taken)}, which a run "
+            "would write over. Give another folder, or move that away. Nothing was "
+            "changed."
+        )
+
+
+def _is_something(path: Path) -> bool:
+    """Says whether there is a file, or a folder that is not empty."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _open_lock(folder: Path) -> int:

@@ -116,6 +116,8 @@ def train(
                     raise UserError("resume needs the folder of the run to go on with.")
                 name = Path(config.data.data).stem or "run"
                 folder = files.unused(Path("runs"), name)
+            if folder == "":  # as a path it would be the folder that one is in
+                raise UserError("the folder of the run has an empty name.")
         folder = Path(distributed.from_first(str(Path(folder).resolve())))
         distributed.agree(
             configuration=config.to_dict(),

@@ -105,6 +105,8 @@ def test_wrong_usage_is_2_and_says_what_is_right(capsys, argv, words):
         (["--learning-rate", "nan"], "learning_rate must be a number of 0 or more"),
         (["--dropout", "1"], "dropout must be at least 0 and below 1"),
         (["--resume"], "--resume needs --out"),
+        (["--out", ""], "--out is empty"),
+        (["--auto-resume", "--out="], "--out is empty"),
         (["--data", "no/such.csv"], "no/such.csv"),
         (["--config", "no/such.toml"], "cannot read configuration no/such.toml"),
     ],

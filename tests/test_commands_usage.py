@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from flax_lstm.commands.usage import check_given_once, flat, one_line
+from flax_lstm.commands.usage import check_given_once, check_out, flat, one_line
 from flax_lstm.config import UserError
 
 ASCII = (
@@ -84,6 +84,10 @@ def test_help_and_what_is_said_besides_pass_through(capsys):
 def test_a_flag_given_twice_is_refused(argv, message):
     with pytest.raises(UserError, match=message):
         check_given_once(argv)
+
+
+def test_a_text_may_look_like_an_empty_folder():
+    check_out(["predict", "run", "--", "--out", ""])
 
 
 def test_values_and_texts_may_repeat():

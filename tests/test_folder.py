@@ -72,6 +72,25 @@ def test_the_refusal_of_a_second_writer_removes_nothing(tmp_path):
         assert (tmp_path / "run" / folder.LOCK).exists()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tokenizer.json", "checkpoints/4"])
+def test_what_has_the_name_of_a_run_s_file_is_not_written_over(tmp_path, name):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    words = rf"holds no run \(no config.json\), but {name.split('/')[0]}, which"
+    with pytest.raises(UserError, match=words), folder.writing(tmp_path / "run"):
+        pass
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [path.name]
+
+
+def test_a_run_that_was_killed_before_it_had_a_name_can_begin_again(tmp_path):
+    """It leaves its lock, and the folder that its checkpoints were to be in."""
+    (tmp_path / folder.LOCK).touch()
+    (tmp_path / folder.CHECKPOINTS).mkdir()
+    with folder.writing(tmp_path):
+        pass
+
+
 def test_a_json_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     folder.write_json(path, {"ä": [1, None]})

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -228,6 +229,25 @@ def test_a_folder_that_holds_a_run_is_left_alone(trained, source):
         run.train(make_config(source), folder)
     after = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"}
     assert after == before
+
+
+@pytest.mark.parametrize("resume", [False, "auto"])
+def test_a_run_that_lost_its_configuration_is_left_alone(
+    trained, source, tmp_path, resume
+):
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    (folder / "config.json").unlink()
+    (folder / files.LOCK).unlink()
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    with pytest.raises(UserError, match=r"but tokenizer.json, metrics.jsonl, .*move"):
+        run.train(make_config(source), folder, resume=resume)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_a_folder_without_a_name_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="empty name"):
+        run.train(make_config(source), "")
 
 
 HOLD = """

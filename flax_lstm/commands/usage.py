@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -84,3 +85,13 @@ def check_given_once(argv: Sequence[str]) -> None:
         if name in seen:
             raise UserError(f"{seen[name]} and {flag} contradict; give one of them.")
         seen[name] = flag
+
+
+def check_out(argv: Sequence[str]) -> None:
+    """Raises UserError where --out is empty, as by a variable that is not set.
+
+    As a path it would be the folder that one is in.
+    """
+    words = list(itertools.takewhile(lambda word: word != "--", argv))
+    if "--out=" in words or ("--out", "") in itertools.pairwise(words):
+        raise UserError("--out is empty; give the folder of the run.")
