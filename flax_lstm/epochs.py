@@ -21,7 +21,7 @@ import jax
 
 from flax_lstm import data
 from flax_lstm.checkpoint import Checkpoints
-from flax_lstm.config import Config
+from flax_lstm.config import Config, TrainConfig
 from flax_lstm.distributed import several
 from flax_lstm.events import EpochDone, Event, StepDone
 from flax_lstm.feeding import Feed
@@ -47,6 +47,12 @@ ROWS_NAMED = 8
 def place_of(progress: Progress, history: History) -> dict[str, Any]:
     """Returns how far a run is, as its checkpoints hold it beside the arrays."""
     return {"progress": dataclasses.asdict(progress), "history": history.known()}
+
+
+def goes_on(training: TrainConfig, progress: Progress) -> bool:
+    """Says whether there is an epoch left to train, and patience for it."""
+    patient = not progress.out_of_patience(training.patience)
+    return progress.epoch < training.epochs and patient
 
 
 @dataclasses.dataclass
@@ -101,12 +107,9 @@ class Trainer:
             Nothing is saved of what came after the last checkpoint.
           Stopped: If `stop` was asked; all steps taken are saved.
         """
-        training = self.config.training
         self._began = self._reported = self._saved = self.clock()
         self._saved_step = self._step(progress)
-        while progress.epoch < training.epochs and not progress.out_of_patience(
-            training.patience
-        ):
+        while goes_on(self.config.training, progress):
             if not progress.tally.steps:
                 state = reset_carry(state)
             state = self._train_epoch(state, progress)

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -28,7 +28,7 @@ from flax_lstm import folder as files
 from flax_lstm.checkpoint import Checkpoints
 from flax_lstm.config import Config, UserError
 from flax_lstm.environment import use_compilation_cache
-from flax_lstm.epochs import Trainer, place_of
+from flax_lstm.epochs import Trainer, goes_on, place_of
 from flax_lstm.events import EpochDone, Event, Finished, RunStarted, StepDone
 from flax_lstm.history import History
 from flax_lstm.host_memory import OutOfMemoryError
@@ -85,7 +85,8 @@ def train(
         parameters at the end are those of a run that was never interrupted. The
         configuration must be the recorded one, but `epochs` may grow; a schedule is
         then stretched over the new number from where the run goes on. "auto" does so
-        where the folder holds a run, and starts one elsewhere.
+        where the folder holds a run, and starts one elsewhere. Of a run that has
+        nothing left to do the result is told, and nothing is changed.
       cast_dtype: With `resume`: `model.dtype` may be another, and the numbers of the
         checkpoint are converted.
       on_event: Called with each event of `flax_lstm.events`.
@@ -198,7 +199,7 @@ def _train(
                 math.prod(p.shape) for p in jax.tree.leaves(template.params)
             ),
             "cast_dtype": cast_dtype,
-            "result": None,
+            "result": None,  # until there is one; a run that goes on keeps the old
         }
         how = {
             "check": lambda meta: check_checkpoint(
@@ -206,12 +207,15 @@ def _train(
             ),
             "cast_dtype": cast_dtype,
         }
-        progress, history = Progress(), History()
+        progress, history, finished = Progress(), History(), None
         if resume:
             state, meta = checkpoints.restore_last(template, **how)
             progress = Progress.from_dict(meta["progress"])
             with distributed.together():
                 history = History.read(folder / files.METRICS, meta)
+                if recorded_config(folder).model.dtype == config.model.dtype:
+                    summary["result"] = recorded.get("result")
+                    finished = _finished(folder, summary["result"], config, progress)
         else:
             state = initial_state(config, init, jax.random.key(config.training.seed))
         distributed.agree(
@@ -219,7 +223,7 @@ def _train(
         )
         # First what makes this the folder of a run: whatever ends the process from
         # here on, the same command can be given again.
-        if first:
+        if first and finished is None:
             files.write_json(folder / files.CONFIG, config.to_dict())
             corpus.tokenizer.save(folder / files.TOKENIZER)
             files.write_json(
@@ -240,6 +244,9 @@ def _train(
                 first_batch=progress.tally.steps + 1,
             )
         )
+        if finished is not None:
+            on_event(finished)
+            return Run.load(folder)
         began = time.perf_counter()
         lines = (
             history.writing(folder / files.METRICS)
@@ -303,6 +310,19 @@ def _train(
         lengths=lengths,
         params=state.params,
     )
+
+
+def _finished(
+    folder: Path, result: Any, config: Config, progress: Progress
+) -> Finished | None:
+    """Returns the end of a run that has nothing left to do, as it is on record."""
+    names = {field.name for field in dataclasses.fields(Finished)} - {"folder"}
+    if not isinstance(result, dict) or not result.keys() >= names:
+        return None
+    # The result may be that of fewer epochs, where a run that went on was killed.
+    if goes_on(config.training, progress) or result["epochs_done"] != progress.epoch:
+        return None
+    return Finished(folder=folder, **{name: result[name] for name in names})
 
 
 class ResumeWarning(UserWarning):

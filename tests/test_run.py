@@ -1,6 +1,7 @@
 """Runs, small ones: what they leave behind, how they go on, how they end."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -212,6 +213,60 @@ def test_resuming_a_finished_run_can_add_epochs(source, tmp_path):
     want = run.train(more, tmp_path / "straight")
     assert bits(got.params) == bits(want.params)  # a constant rate knows no total
     assert run.Run.load(tmp_path / "run").config.training.epochs == 2
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_resuming_a_run_that_is_done_changes_nothing(
+    trained, source, tmp_path, resume, monkeypatch
+):
+    result, before_events = trained
+    folder, events = shutil.copytree(result.folder, tmp_path / "run"), []
+    before = contents(folder)
+    monkeypatch.setattr(epochs.Trainer, "evaluate", None)
+    got = run.train(
+        make_config(source, save_every=3),
+        folder,
+        resume=resume,
+        on_event=events.append,
+    )
+    assert contents(folder) == before
+    assert [type(event) for event in events] == [RunStarted, Finished]
+    assert events[-1] == dataclasses.replace(before_events[-1], folder=folder)
+    assert bits(got.params) == bits(result.params)
+    assert got.metrics == result.metrics
+
+
+def contents(folder):
+    return {
+        p: (p.stat().st_mtime_ns, p.read_bytes())
+        for p in folder.rglob("*")
+        if p.is_file() and p.name != files.LOCK
+    }
+
+
+def test_a_result_stays_until_there_is_a_new_one(source, tmp_path, monkeypatch):
+    """Stopped in the test after one more epoch: the result is of the first alone."""
+    folder = tmp_path / "run"
+    run.train(make_config(source, epochs=1, test_with="last"), folder)
+
+    def result():
+        return json.loads((folder / "summary.json").read_text())["result"]
+
+    first, evaluate = result(), epochs.Trainer.evaluate
+
+    def interrupted(self, state, part):
+        if part == "test":
+            raise Stop
+        return evaluate(self, state, part)
+
+    more = make_config(source, epochs=2, test_with="last")
+    with monkeypatch.context() as patch:
+        patch.setattr(epochs.Trainer, "evaluate", interrupted)
+        with pytest.raises(Stop):
+            run.train(more, folder, resume=True)
+    assert result() == first
+    run.train(more, folder, resume=True)
+    assert (result()["epochs_done"], result()["tested_epoch"]) == (2, 2)
 
 
 def test_resuming_what_is_not_there_is_refused(source, tmp_path):
