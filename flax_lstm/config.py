@@ -195,6 +195,14 @@ class Config:
         """Returns nested plain values, as written to `config.json`."""
         return dataclasses.asdict(self)
 
+    def checked(self) -> "Config":
+        """Returns the same, each setting of its type: dataclasses take anything.
+
+        Raises:
+          UserError: If a setting is of another type, or none of its choices.
+        """
+        return Config.from_dict(self.to_dict())
+
     @classmethod
     def from_dict(
         cls, values: dict[str, Any], base: "Config | None" = None
@@ -262,7 +270,8 @@ def _fitted(kind: Any, value: Any) -> Any:
     """Returns `value`, as JSON or TOML gives it, in the type `kind` of a field.
 
     Raises:
-      TypeError: If it does not fit. A boolean is no number; a whole number is a float.
+      TypeError: If it does not fit. A boolean is no number; a whole number is a float,
+        and so is NumPy's.
     """
     origin, choices = get_origin(kind), get_args(kind)
     if origin is Literal:
@@ -277,7 +286,7 @@ def _fitted(kind: Any, value: Any) -> Any:
                 return _fitted(choice, value)
             except TypeError:
                 continue
-    elif kind is float and type(value) is int:
+    elif kind is float and (type(value) is int or isinstance(value, float)):
         return float(value)
     elif type(value) is kind:
         return value

@@ -109,6 +109,7 @@ def train(
     with distributed.watching():
         with distributed.together():
             environment.check_devices()
+            config = config.checked()
             check_settings(config)
             check_mesh(config.training.mesh, jax.devices())
             config = with_absolute_paths(config)

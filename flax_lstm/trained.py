@@ -151,7 +151,7 @@ class Run:
           UserError: If the data is gone, has changed, or has no rows.
         """
         if isinstance(source, DataConfig):
-            source = with_absolute_paths(Config(data=source)).data
+            source = with_absolute_paths(Config(data=source).checked()).data
             examples, _, _ = data.load_all(source, self.tokenizer, self.label_names)
         else:
             corpus = data.load(

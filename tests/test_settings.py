@@ -1,5 +1,8 @@
 """What a run may ask for: ranges, and the settings of the run that goes on."""
 
+import shutil
+
+import numpy as np
 import pytest
 from small_runs import TUTORIAL, make_config
 
@@ -38,6 +41,37 @@ def test_settings_out_of_range_are_refused(source, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         run.train(make_config(source, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": "64"}, "data.batch_size must be int; got '64'"),
+        ({"epochs": 2.5}, "training.epochs must be int; got 2.5"),
+        ({"patience": 2.5}, "training.patience must be int or null; got 2.5"),
+        ({"optimizer": "sgd"}, "training.optimizer must be one of 'adamw', 'adadelta'"),
+        ({"schedule": "foo"}, "training.schedule must be one of 'constant', 'cosine'"),
+        ({"pooling": "foo"}, "model.pooling must be one of 'last'"),
+        ({"features": 4}, "model.features must be a list of int; got 4"),
+        ({"features": [4.0]}, r"model.features must be a list of int; got \[4.0\]"),
+    ],
+)
+def test_settings_of_another_type_are_refused_before_anything_is_read(
+    as_installed, tmp_path, changes, words
+):
+    """Given in Python, where a dataclass takes anything; the data does not exist."""
+    config = make_config(tmp_path / "missing.csv", **changes)
+    with pytest.raises(UserError, match=f"setting {words}"):
+        run.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_list_of_features_is_what_a_tuple_is(as_installed, trained, source, tmp_path):
+    """Down to the configuration that the run goes on with, which must be the same."""
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    config = make_config(source, features=[5], learning_rate=np.float64(0.1))
+    result = run.train(config, folder, resume=True)
+    assert result.config == make_config(source)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,11 @@ def test_resuming_on_changed_data_is_refused(source, tmp_path):
     assert result.evaluate(DataConfig(data=str(source)))["count"] == 80
 
 
+def test_other_data_is_given_by_settings_of_their_types(as_installed, trained, source):
+    with pytest.raises(UserError, match=r"data\.min_count must be int; got '2'"):
+        trained[0].evaluate(DataConfig(data=str(source), min_count="2"))
+
+
 def test_predictions_come_in_the_order_of_the_texts(trained):
     result, _ = trained
     texts = ["a lovely film", "", "awful " * 50, "zzz film"] * 5 + ["the plot"]
