@@ -6,7 +6,7 @@ where it was.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ class Run:
           UserError: If the folder holds no run, or its files do not fit together.
           CheckpointError: If no intact checkpoint is left.
         """
+        if not isinstance(folder, str | Path) or folder == "":
+            raise UserError(f"Run.load takes the folder of a run; got {folder!r:.80}.")
         check_devices()
         folder = Path(folder).resolve()
         config = recorded_config(folder)
@@ -177,7 +179,7 @@ class Run:
             carry=initial_carry(self.config),
         )
 
-    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+    def predict(self, texts: Iterable[str]) -> list[Prediction]:
         """Scores texts, in the order given; the empty text is a text too.
 
         Texts of like length share a batch. Needs nothing but the run's folder.
@@ -185,7 +187,9 @@ class Run:
         Raises:
           UserError: If `texts` is one string, or holds something else than strings.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        if isinstance(texts, Iterable) and not isinstance(texts, str):
+            texts = list(texts)  # which can be gone through again, as an iterator not
+        if not (isinstance(texts, list) and all(isinstance(one, str) for one in texts)):
             raise UserError(
                 "predict takes a list of texts, as in predict(['so good']); got "
                 f"{texts!r:.80}."
@@ -218,7 +222,15 @@ class Run:
         ]
 
     def trace(self, text: str) -> list[tuple[str, float]]:
-        """Returns each word of a text with the score of the text up to it."""
+        """Returns each word of a text with the score of the text up to it.
+
+        Raises:
+          UserError: If `text` is no string.
+        """
+        if not isinstance(text, str):
+            raise UserError(
+                f"trace takes one text, as in trace('so good'); got {text!r:.80}."
+            )
         (encoded,) = self.tokenizer.analyse([text])
         count = len(encoded.ids)
         examples = data.Examples.from_rows([encoded.ids], [0.0])

@@ -94,6 +94,32 @@ def test_predictions_come_in_the_order_of_the_texts(trained):
         result.predict("a lovely film")
 
 
+def test_texts_may_come_from_an_iterator(trained):
+    texts = ["a lovely film", "an awful song"]
+    found = trained[0].predict(text for text in texts)
+    assert found == trained[0].predict(texts)
+    assert [one.text for one in found] == texts
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "words"),
+    [
+        ("predict", None, "takes a list of texts, .*; got None"),
+        ("predict", [None], r"takes a list of texts, .*; got \[None\]"),
+        ("predict", b"good", r"takes a list of texts, .*; got \["),
+        ("trace", None, "takes one text, .*; got None"),
+        ("trace", ["a"], r"takes one text, .*; got \['a'\]"),
+        ("load", None, "takes the folder of a run; got None"),
+        ("load", "", "takes the folder of a run; got ''"),
+    ],
+)
+def test_what_is_no_text_and_no_folder_is_refused(
+    as_installed, trained, method, given, words
+):
+    with pytest.raises(UserError, match=f"{method} {words}"):
+        getattr(trained[0], method)(given)
+
+
 @pytest.mark.parametrize("recipe", [{}, TUTORIAL], ids=["default", "tutorial"])
 def test_the_last_score_of_a_trace_is_the_prediction(straight, recipe):
     result = straight(recipe)
