@@ -59,9 +59,16 @@ def join(where: str, process: int | None = None, count: int | None = None) -> No
       count: Number of processes, likewise; JAX_NUM_PROCESSES when None.
 
     Raises:
-      UserError: If the numbers are missing or do not fit together.
+      UserError: If the numbers are missing, do not fit together, or are given where
+        they would be ignored.
       ConnectionError: If not all processes came in time.
     """
+    if where in ("off", "auto") and (process, count) != (None, None):
+        raise UserError(
+            "process_id and process_count are for distributed = HOST:PORT; with "
+            f"{where} they would be ignored. Give --distributed HOST:PORT of process "
+            "0, or leave them out."
+        )
     if where == "off":
         return
     # JAX's would take SIGTERM away from this process, and tell of it at a step only.

@@ -78,6 +78,14 @@ def test_what_is_no_address_is_refused(where):
         distributed.join(where, 0, 2)
 
 
+@pytest.mark.parametrize("where", ["off", "auto"])
+@pytest.mark.parametrize("numbers", [(3, 7), (0, None), (None, 4)])
+def test_numbers_are_refused_where_they_would_be_ignored(monkeypatch, where, numbers):
+    monkeypatch.setattr(jax.distributed, "initialize", None)
+    with pytest.raises(UserError, match=rf"are for .*HOST:PORT; with {where} they"):
+        distributed.join(where, *numbers)
+
+
 def test_the_numbers_must_be_given_and_fit(monkeypatch):
     for name in distributed.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
