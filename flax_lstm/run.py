@@ -37,12 +37,14 @@ from flax_lstm.model_state import classifier, initial_state, restore, state_temp
 from flax_lstm.progress import Progress
 from flax_lstm.settings import (
     check_checkpoint,
+    check_implementation,
     check_same_config,
     check_same_data,
     check_settings,
     check_steps,
     memory_errors,
     recorded_config,
+    refusals_of_kernels,
     with_absolute_paths,
 )
 from flax_lstm.startup import Startup
@@ -189,7 +191,11 @@ def _train(
         init, apply = classifier(model, corpus.tokenizer.vocabulary_size)
         optimizer = make_optimizer(config.training, batches * config.training.epochs)
         program = parallelize(apply, optimizer, config.training)
-        template = state_template(config, init)
+        with refusals_of_kernels():
+            template = state_template(config, init)
+        check_implementation(
+            config, apply, template.params, max(lengths), len(program.devices)
+        )
         tokenizer = corpus.tokenizer.fingerprint()
         summary = {
             "data": corpus.summary,

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,37 @@ def memory_errors(config: Config) -> Iterator[None]:
             f"model.embedding_size {model.embedding_size}. Make one of them smaller; "
             "checkpoints made until here are kept."
         ) from error
+
+
+@contextlib.contextmanager
+def refusals_of_kernels() -> Iterator[None]:
+    """Makes a UserError of what an implementation cannot do on this machine."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise UserError(f"setting model.{error}") from error
+
+
+def check_implementation(
+    config: Config, apply: Callable[..., Any], params: Any, length: int, devices: int
+) -> None:
+    """Raises UserError where an implementation cannot run on this machine.
+
+    Args:
+      config: Of the run.
+      apply: Of the classifier.
+      params: Shapes of its parameters.
+      length: That the longest texts are padded to: kernels refuse what is too long.
+      devices: That share the rows of a batch.
+    """
+    if config.model.implementation is None:
+        return
+    parts = devices * config.training.gradient_accumulation
+    rows = -(-config.data.batch_size // parts)
+    tokens = jax.ShapeDtypeStruct((rows, length), "int32")
+    lengths = jax.ShapeDtypeStruct((rows,), "int32")
+    with refusals_of_kernels():
+        jax.eval_shape(apply, params, tokens, lengths)
 
 
 def first_line(text: str, width: int = 120) -> str:

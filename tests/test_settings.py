@@ -92,6 +92,28 @@ def test_what_no_memory_holds_is_refused_before_it_is_tried(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("library", ["nnx", "linen"])
+@pytest.mark.parametrize("implementation", ["pallas", "cudnn"])
+def test_a_kernel_that_this_machine_lacks_is_refused_before_anything_is_written(
+    source, tmp_path, library, implementation
+):
+    config = make_config(source, library=library, implementation=implementation)
+    words = f'setting model.implementation="{implementation}" cannot run: .*cpu.*"xla"'
+    with pytest.raises(UserError, match=words):
+        run.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_kernel_is_judged_by_what_one_device_computes(source):
+    """Sixteen rows in two parts on three devices, filled up, of seven words each."""
+    seen = []
+    config = make_config(source, implementation="cpu", gradient_accumulation=2)
+    settings.check_implementation(
+        config, lambda *shapes: seen.extend(one.shape for one in shapes[1:]), {}, 7, 3
+    )
+    assert seen == [(3, 7), (3,)]
+
+
 def test_the_least_memory_is_below_what_a_state_and_a_step_hold(source):
     """Counted by hand: 4 floats a weight, and a batch of 16 texts of one word."""
     config = make_config(source, embedding_size=3, features=(5, 2))
