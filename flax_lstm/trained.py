@@ -6,6 +6,7 @@ where it was.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from flax_lstm import data
 from flax_lstm import folder as files
 from flax_lstm.batching import assemble
-from flax_lstm.checkpoint import Checkpoints
+from flax_lstm.checkpoint import Checkpoints, CheckpointWarning
 from flax_lstm.config import Config, DataConfig, UserError
 from flax_lstm.environment import check_devices
 from flax_lstm.history import History
@@ -85,6 +86,10 @@ class Run:
         Raises:
           UserError: If the folder holds no run, or its files do not fit together.
           CheckpointError: If no intact checkpoint is left.
+
+        Warns:
+          CheckpointWarning: If a checkpoint is damaged, or the one restored is not the
+            one that was tested.
         """
         if not isinstance(folder, str | Path) or folder == "":
             raise UserError(f"Run.load takes the folder of a run; got {folder!r:.80}.")
@@ -114,13 +119,23 @@ class Run:
             state, meta = restore(
                 checkpoints, template, config, check=check, cast_dtype=cast
             )
+        result = summary["result"] or {}
+        epoch = meta["progress"]["epoch"]
+        if (tested := result.get("tested_epoch", epoch)) != epoch:
+            warnings.warn(
+                f"the checkpoint of epoch {epoch} of {folder} is used, not that of "
+                f"epoch {tested}, which was tested: it is gone or damaged, or the run "
+                "went on since.",
+                CheckpointWarning,
+                stacklevel=2,
+            )
         return cls(
             folder=folder,
             config=config,
             tokenizer=tokenizer,
             label_names=tuple(summary["label_names"]),
             metrics={
-                **(summary["result"] or {}),
+                **result,
                 "epochs": History.read(folder / files.METRICS, meta).records,
             },
             lengths=tuple(summary["data"]["bucket_lengths"]),

@@ -141,6 +141,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(source, tmp_path):
     assert [epoch["epoch"] for epoch in result.metrics["epochs"]] == [1, 2]
 
 
+def test_it_is_told_that_the_tested_checkpoint_is_gone(trained, tmp_path):
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    steps = {int(path.name) for path in (folder / "checkpoints").iterdir()}
+    tested = trained[0].metrics["tested_epoch"]
+    shutil.rmtree(folder / "checkpoints" / str(4 * tested))  # four batches an epoch
+    used = max(steps - {4 * tested}) // 4
+    words = f"of epoch {used} of .* is used, not that of epoch {tested}, which was"
+    with pytest.warns(CheckpointWarning, match=words):
+        run.Run.load(folder)
+
+
 def test_a_swapped_tokenizer_is_noticed(trained, tmp_path):
     copy = shutil.copytree(trained[0].folder, tmp_path / "copy")
     path = copy / "tokenizer.json"
