@@ -85,7 +85,8 @@ def train(
       folder: The run's folder; the first unused of `runs/NAME-1`, … when None.
       resume: Goes on from the newest intact checkpoint in `folder`, exactly: the
         parameters at the end are those of a run that was never interrupted. The
-        configuration must be the recorded one, but `epochs` may grow; a schedule is
+        configuration must be the recorded one, but `epochs` may grow, and the same
+        data lie elsewhere; a schedule is
         then stretched over the new number from where the run goes on. "auto" does so
         where the folder holds a run, and starts one elsewhere. Of a run that has
         nothing left to do the result is told, and nothing is changed.
@@ -179,11 +180,12 @@ def _train(
     first = distributed.is_first()
     with Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
         with distributed.together():
-            resume = resume and _has_begun(folder, checkpoints)
-            recorded = files.read_json(folder / files.SUMMARY) if resume else {}
-            cast_dtype = cast_dtype or recorded.get("cast_dtype", False)
-            if resume:
+            recorded = {}
+            if resume and (folder / files.SUMMARY).exists():
+                recorded = files.read_json(folder / files.SUMMARY)
                 check_same_data(recorded["data"], corpus.summary, folder)
+            resume = resume and _has_begun(folder, checkpoints)
+            cast_dtype = cast_dtype or recorded.get("cast_dtype", False)
         lengths = corpus.bucket_lengths
         batches = data.batch_count(corpus.measured["train"], lengths, config.data)
         check_steps(config, batches)

@@ -13,6 +13,8 @@ from flax_lstm import folder as files
 from flax_lstm.config import Config, UserError
 from flax_lstm.host_memory import OutOfMemoryError, machine_bytes
 
+PLACES = ("data", "test_data")
+"""Where data lies. It may move: what counts is its SHA-256, see `check_same_data`."""
 TOPOLOGY = ("parallel", "mesh", "gradient_accumulation")
 """What a resumed run may change: where it computes, which changes rounding alone."""
 
@@ -36,7 +38,7 @@ def with_absolute_paths(config: Config) -> Config:
     """Makes local data paths absolute, so that the run's record names them."""
     paths = {
         name: str(Path(value).resolve())
-        for name in ("data", "test_data")
+        for name in PLACES
         if (value := getattr(config.data, name)) and Path(value).exists()
     }
     if config.data.data == "demo":
@@ -44,7 +46,7 @@ def with_absolute_paths(config: Config) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **paths))
 
 
-MAY_CHANGE = {"save_every", "save_minutes", "skip_nonfinite", *TOPOLOGY}
+MAY_CHANGE = {"save_every", "save_minutes", "skip_nonfinite", *TOPOLOGY, *PLACES}
 """Settings that may be others when a run goes on."""
 
 
@@ -109,9 +111,17 @@ def check_checkpoint(
 def check_same_data(
     recorded: dict[str, Any], found: dict[str, Any], folder: Path
 ) -> None:
-    """Raises UserError where the data is no longer what the run was trained on."""
+    """Raises UserError where the data is no longer what the run was trained on.
+
+    It may lie elsewhere.
+    """
+
+    def content(summary: dict[str, Any], name: str) -> Any:
+        told = summary[name]
+        return told["sha256"] if told and name.endswith("source") else told
+
     for name in ("source", "test_source", "rows", "tokenizer", "bucket_lengths"):
-        if recorded[name] != found[name]:
+        if content(recorded, name) != content(found, name):
             raise UserError(
                 f"the data has changed since the run in {folder} was trained: {name} "
                 f"was {recorded[name]!r}, and is now {found[name]!r}. Put the old data "

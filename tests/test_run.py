@@ -269,6 +269,34 @@ def test_a_result_stays_until_there_is_a_new_one(source, tmp_path, monkeypatch):
     assert (result()["epochs_done"], result()["tested_epoch"]) == (2, 2)
 
 
+def test_a_run_goes_on_where_its_data_has_moved_to(source, tmp_path):
+    first = shutil.copy(source, tmp_path / "first.csv")
+    folder, second = tmp_path / "run", tmp_path / "second.csv"
+    run.train(make_config(first, epochs=1), folder)
+    first.rename(second)
+    got = run.train(make_config(second, epochs=2), folder, resume=True)
+    want = run.train(make_config(source, epochs=2), tmp_path / "straight")
+    assert bits(got.params) == bits(want.params)
+    assert run.Run.load(folder).evaluate() == want.metrics["test"]
+    second.rename(first)
+    with open(second, "w", encoding="utf-8") as file:
+        file.write(first.read_text().replace("lovely", "likely"))
+    with pytest.raises(UserError, match=r"the data has changed since .* source was"):
+        run.train(make_config(second, epochs=3), folder, resume=True)
+
+
+def test_a_run_that_has_not_begun_keeps_to_its_data_too(source, tmp_path):
+    def interrupt(event):
+        raise Stop
+
+    with pytest.raises(Stop):
+        run.train(make_config(source), tmp_path / "run", on_event=interrupt)
+    other = tmp_path / "other.csv"
+    other.write_text(source.read_text().replace("lovely", "likely"))
+    with pytest.raises(UserError, match="the data has changed"):
+        run.train(make_config(other), tmp_path / "run", resume="auto")
+
+
 def test_resuming_what_is_not_there_is_refused(source, tmp_path):
     with pytest.raises(UserError, match=r"nothing to resume: .*holds no run"):
         run.train(make_config(source), tmp_path / "new", resume=True)
