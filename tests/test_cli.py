@@ -11,7 +11,7 @@ import pytest
 from command_lines import error_of, settings
 
 from flax_lstm import cli
-from flax_lstm.commands.terminal import without_echoes
+from flax_lstm.commands.terminal import program, without_echoes
 from flax_lstm.config import TUTORIAL, Config
 
 
@@ -140,6 +140,24 @@ def test_the_version_is_the_package_s(capsys):
     assert cli.main(["--version"]) == 0
     version = importlib.metadata.version("flax-lstm")
     assert capsys.readouterr().out == f"flax-lstm {version}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "out", "err"),
+    [
+        (["--version"], 0, "flax-lstm 0.", ""),
+        (["predict", "no/run", "a"], 2, "", "flax-lstm: no/run holds no run"),
+    ],
+)
+def test_the_module_is_the_command(argv, code, out, err):
+    argv = [sys.executable, "-m", "flax_lstm", *argv]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stdout[:12], done.stderr[:30]) == (code, out, err)
+
+
+def test_what_is_printed_to_be_pasted_is_how_the_module_was_called(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/lib/flax_lstm/__main__.py"])
+    assert program() == f"{sys.executable} -m flax_lstm"
 
 
 KEEP = """

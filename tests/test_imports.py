@@ -94,6 +94,7 @@ ARROWS = {
     "commands": "bench config distributed environment events report run settings "
     "stopping trained",
     "cli": "bench commands config distributed environment host_memory startup stopping",
+    "__main__": "cli",
     "kernels": "cell",
     "experiments": "bench cell checkpoint cli config convert data derivative "
     "environment finite host_memory kernels leaves model_state nnx run train variants",

@@ -32,6 +32,8 @@ def near(folder: Path) -> Path:
 def program() -> str:
     """Returns how this command was called, so that what is printed can be pasted."""
     called = sys.argv[0]
+    if Path(called).parts[-2:] == ("flax_lstm", "__main__.py"):
+        return f"{shlex.quote(sys.executable)} -m flax_lstm"
     found = shutil.which("flax-lstm")
     if found and Path(called).exists() and Path(found).samefile(called):
         return "flax-lstm"
