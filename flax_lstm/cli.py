@@ -170,7 +170,16 @@ def _parse(argv: Sequence[str]) -> Command | None:
 
 
 def starting_point(start: Start) -> Config:
-    """Returns the settings that the flags are put over."""
+    """Returns the settings that the flags are put over.
+
+    Raises:
+      UserError: If there is a preset beside the settings of a run, or no such file.
+    """
+    if start.resume and start.preset != "default":
+        raise UserError(
+            f"--resume takes the settings of the run; leave out --preset "
+            f"{start.preset}."
+        )
     base = PRESETS[start.preset]
     if start.resume and start.out is not None:
         recorded = start.out / "config.json"

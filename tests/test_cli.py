@@ -106,6 +106,10 @@ def test_wrong_usage_is_2_and_says_what_is_right(capsys, argv, words):
         (["--dropout", "1"], "dropout must be at least 0 and below 1"),
         (["--resume"], "--resume needs --out"),
         (["--out", ""], "--out is empty"),
+        (
+            ["--resume", "--out", "r", "--preset", "tutorial"],
+            "--resume takes the settings of the run; leave out --preset tutorial",
+        ),
         (["--auto-resume", "--out="], "--out is empty"),
         (["--data", "no/such.csv"], "no/such.csv"),
         (["--config", "no/such.toml"], "cannot read configuration no/such.toml"),

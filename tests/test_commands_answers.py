@@ -70,6 +70,20 @@ def test_predictions_agree_however_the_texts_arrive(
         }
 
 
+@pytest.mark.parametrize("command", ["predict", "trace"])
+def test_a_text_that_begins_with_a_dash_is_to_follow_two(capsys, demo_folder, command):
+    for text in ("-good film", "--good film", "-g"):
+        said = error_of(capsys, command, str(demo_folder), text)
+        assert f"put -- before texts that begin with a dash, as {text!r}" in said
+        assert cli.main([command, str(demo_folder), "--", text]) == 0
+        assert text.strip("-").split()[0] in capsys.readouterr().out
+
+
+def test_a_part_is_of_the_runs_own_data(capsys, demo_folder):
+    argv = ["evaluate", str(demo_folder), "--part", "train", "--data", "demo"]
+    assert "--part train is of the run's own data" in error_of(capsys, *argv)
+
+
 def test_text_output_is_one_line_a_text(capsys, demo_folder):
     assert cli.main(["predict", str(demo_folder), "a film", "ein Film\nmit Bruch"]) == 0
     first, second = capsys.readouterr().out.splitlines()

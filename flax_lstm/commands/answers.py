@@ -24,6 +24,10 @@ def evaluate(command: Evaluate) -> None:
     columns = (command.text_column, command.label_column)
     if command.data is None and columns != (None, None):
         raise UserError("--text-column and --label-column are for --data.")
+    if command.data is not None and command.part != "test":
+        raise UserError(
+            f"--part {command.part} is of the run's own data; leave it out, or --data."
+        )
     run = _load(command.run)
     if command.data is None:
         source = command.part

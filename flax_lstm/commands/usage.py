@@ -54,7 +54,9 @@ def flat(box: str) -> str:
 
 
 def pointed(message: str, argv: Sequence[str]) -> str:
-    """Points a message of tyro to the command's own help, and a bare file to its flag.
+    """Points a message of tyro to the command's own help, and says what was meant.
+
+    A bare file is data; what begins with one dash, or holds a space, is a text.
 
     >>> pointed("Unrecognized options: a.csv. Run flax-lstm --help", ["train", "a.csv"])
     'Unrecognized options: a.csv (data are given by --data a.csv). Run flax-lstm train \
@@ -67,6 +69,9 @@ def pointed(message: str, argv: Sequence[str]) -> str:
     if command == "train":
         bare = r"(Unrecognized options: ([^-,\s][^,\s]*))(?=\. )"
         message = re.sub(bare, r"\1 (data are given by --data \2)", message)
+    texts = [word for word in argv if re.match(r"-[^-]|-.* ", word)]
+    if command in ("predict", "trace") and texts and "Unrecognized" in message:
+        message += f"; put -- before texts that begin with a dash, as {texts[0]!r}"
     return message
 
 
