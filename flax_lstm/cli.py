@@ -183,7 +183,8 @@ def starting_point(start: Start) -> Config:
     base = PRESETS[start.preset]
     if start.resume and start.out is not None:
         recorded = start.out / "config.json"
-        base = Config.load(recorded) if recorded.exists() else base
+        # Where it cannot be looked for, that is told when the run is.
+        base = Config.load(recorded) if os.path.exists(recorded) else base
     return base if start.config is None else Config.load(start.config, base)
 
 

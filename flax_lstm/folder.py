@@ -85,7 +85,9 @@ def _check_unclaimed(folder: Path) -> None:
 
     They are somebody's own, or what is left of a run that lost its configuration.
     """
-    taken = [name for name in NAMES if name != LOCK and _is_something(folder / name)]
+    names = [name for name in NAMES if name != LOCK]
+    with reading(folder):
+        taken = [name for name in names if _is_something(folder / name)]
     if taken and not holds_run(folder):
         raise UserError(
             f"{folder} holds no run (no {CONFIG}), but {', '.join(taken)}, which a run "
@@ -183,9 +185,30 @@ def read_json(path: Path) -> Any:
         raise UserError(f"cannot read {path} of the run: {error}.") from error
 
 
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Says what of a run cannot be read, as for want of permission.
+
+    Raises:
+      UserError: In place of an OSError of the system.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename or folder} of the run: "
+            f"{error.strerror or error}."
+        ) from error
+
+
 def holds_run(folder: Path) -> bool:
-    """Says whether a run was started in this folder."""
-    return (folder / CONFIG).exists()
+    """Says whether a run was started in this folder.
+
+    Raises:
+      UserError: If it cannot be looked into.
+    """
+    with reading(folder):
+        return (folder / CONFIG).exists()
 
 
 def unused(parent: Path, name: str) -> Path:

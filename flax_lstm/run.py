@@ -179,7 +179,7 @@ def _train(
     distributed.agree(data=corpus.summary)
     first = distributed.is_first()
     with Checkpoints(folder / files.CHECKPOINTS) as checkpoints:
-        with distributed.together():
+        with distributed.together(), files.reading(folder):
             recorded = {}
             if resume and (folder / files.SUMMARY).exists():
                 recorded = files.read_json(folder / files.SUMMARY)
@@ -218,9 +218,10 @@ def _train(
         }
         progress, history, finished = Progress(), History(), None
         if resume:
-            state, meta = checkpoints.restore_last(template, **how)
+            with files.reading(folder):
+                state, meta = checkpoints.restore_last(template, **how)
             progress = Progress.from_dict(meta["progress"])
-            with distributed.together():
+            with distributed.together(), files.reading(folder):
                 history = History.read(folder / files.METRICS, meta)
                 if recorded_config(folder).model.dtype == config.model.dtype:
                     summary["result"] = recorded.get("result")

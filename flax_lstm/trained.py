@@ -115,10 +115,12 @@ class Run:
         def check(meta: dict[str, Any]) -> None:
             check_checkpoint(meta, config, summary["tokenizer"], folder, cast)
 
-        with Checkpoints(folder / files.CHECKPOINTS, read_only=True) as checkpoints:
+        path = folder / files.CHECKPOINTS
+        with files.reading(folder), Checkpoints(path, read_only=True) as checkpoints:
             state, meta = restore(
                 checkpoints, template, config, check=check, cast_dtype=cast
             )
+            history = History.read(folder / files.METRICS, meta)
         result = summary["result"] or {}
         epoch = meta["progress"]["epoch"]
         if (tested := result.get("tested_epoch", epoch)) != epoch:
@@ -134,10 +136,7 @@ class Run:
             config=config,
             tokenizer=tokenizer,
             label_names=tuple(summary["label_names"]),
-            metrics={
-                **result,
-                "epochs": History.read(folder / files.METRICS, meta).records,
-            },
+            metrics={**result, "epochs": history.records},
             lengths=tuple(summary["data"]["bucket_lengths"]),
             params=state.params,
         )

@@ -112,6 +112,16 @@ def test_a_json_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
         folder.read_json(path)
 
 
+def test_what_cannot_be_looked_into_is_no_bare_error(tmp_path, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(folder.Path, "exists", refuse)
+    words = r"cannot read .*config\.json of the run: Permission denied\."
+    with pytest.raises(UserError, match=words):
+        folder.holds_run(tmp_path)
+
+
 def test_the_first_free_name_is_taken(tmp_path):
     for n in (1, 2, 4):
         (tmp_path / f"demo-{n}").mkdir()

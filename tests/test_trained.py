@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -153,6 +154,40 @@ def test_it_is_told_that_the_tested_checkpoint_is_gone(trained, tmp_path):
     words = f"of epoch {used} of .* is used, not that of epoch {tested}, which was"
     with pytest.warns(CheckpointWarning, match=words):
         run.Run.load(folder)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tokenizer.json", "summary.json"])
+def test_what_of_a_run_cannot_be_read_is_told(trained, tmp_path, name):
+    """A folder in its place, which root cannot read either."""
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(UserError, match=rf"cannot read .*{name}.* Is a directory"):
+        run.Run.load(folder)
+
+
+def forbid(monkeypatch, name):
+    """Lets no folder of this name be read, as for anybody but root."""
+    listed = pathlib.Path.iterdir
+
+    def iterdir(self):
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
+
+
+def test_checkpoints_that_cannot_be_read_are_told(
+    trained, source, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    forbid(monkeypatch, "checkpoints")
+    words = "cannot read .*/checkpoints of the run: Permission denied"
+    with pytest.raises(UserError, match=words):
+        run.Run.load(folder)
+    with pytest.raises(UserError, match=words):
+        run.train(make_config(source, epochs=5), folder, resume=True)
 
 
 def test_a_swapped_tokenizer_is_noticed(trained, tmp_path):
