@@ -271,7 +271,7 @@ def _fitted(kind: Any, value: Any) -> Any:
 
     Raises:
       TypeError: If it does not fit. A boolean is no number; a whole number is a float,
-        and so is NumPy's.
+        and so is NumPy's; a path is a string.
     """
     origin, choices = get_origin(kind), get_args(kind)
     if origin is Literal:
@@ -288,6 +288,8 @@ def _fitted(kind: Any, value: Any) -> Any:
                 continue
     elif kind is float and (type(value) is int or isinstance(value, float)):
         return float(value)
+    elif kind is str and isinstance(value, Path):
+        return str(value)
     elif type(value) is kind:
         return value
     raise TypeError

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flax_lstm.config import (
@@ -130,3 +132,11 @@ def test_a_value_of_another_type_is_refused_by_name(section, name, value):
 def test_a_whole_number_is_a_number_and_none_is_none(section, name, value):
     config = Config.from_dict({section: {name: value}})
     assert getattr(getattr(config, section), name) == value
+
+
+def test_a_path_and_a_number_of_numpy_are_taken_from_python(as_installed):
+    data = DataConfig(data=Path("a") / "b.csv")
+    training = TrainConfig(learning_rate=np.float64(0.5))
+    got = Config(data=data, training=training).checked().to_dict()
+    assert (got["data"]["data"], got["training"]["learning_rate"]) == ("a/b.csv", 0.5)
+    assert type(got["training"]["learning_rate"]) is float
