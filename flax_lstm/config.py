@@ -238,13 +238,29 @@ class Config:
         path = Path(path)
         try:
             text = read_limited(path)
-            parse = tomllib.loads if path.suffix == ".toml" else json.loads
-            values = parse(text)
+            if path.suffix == ".toml":
+                values = tomllib.loads(text)
+            else:
+                values = json.loads(text, object_pairs_hook=object_once)
             if not isinstance(values, dict):
                 raise UserError(f"expected tables of settings; got {values!r:.80}.")
             return cls.from_dict(values, base)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read configuration {path}: {error}") from error
+
+
+def object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object, whose keys must differ (Python's own takes the last).
+
+    Raises:
+      ValueError: If a key stands more than once.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r:.80} more than once")
+    return found
 
 
 def _replaced(section: str, defaults: Any, settings: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_lstm.columns import check_names
-from flax_lstm.config import UserError
+from flax_lstm.config import UserError, object_once
 from flax_lstm.labels import shown
 
 MOST_NAMES = 1000
@@ -161,7 +161,7 @@ def parse_json(
         what is returned.
       part: Whether `text` is some of the lines, of which there may be none.
     """
-    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    decoder = json.JSONDecoder(object_pairs_hook=object_once)
     records: list[tuple[int, Any]] = []
     line, array = 1, is_array(text) and not part
     unit = "row" if array else "line"
@@ -202,16 +202,6 @@ def parse_json(
         raise UserError(f"no rows in {path}.")
     columns = {name: [r.get(name) for _, r in records] for name in names}
     return columns, [number for number, _ in records], unit
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object, whose keys must differ (Python's own takes the last)."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {shown(twice)} more than once")
-    return found
 
 
 def _check_characters(

@@ -198,18 +198,8 @@ def _train(
         check_implementation(
             config, apply, template.params, max(lengths), len(program.devices)
         )
-        tokenizer = corpus.tokenizer.fingerprint()
-        summary = {
-            "data": corpus.summary,
-            "label_names": list(corpus.label_names),
-            "tokenizer": tokenizer,
-            "batches": batches,
-            "parameters": sum(
-                math.prod(p.shape) for p in jax.tree.leaves(template.params)
-            ),
-            "cast_dtype": cast_dtype,
-            "result": None,  # until there is one; a run that goes on keeps the old
-        }
+        summary = _summary(corpus, batches, template.params, cast_dtype)
+        tokenizer = summary["tokenizer"]
         how = {
             "check": lambda meta: check_checkpoint(
                 meta, config, tokenizer, folder, cast_dtype
@@ -302,11 +292,8 @@ def _train(
             wait_share=history.wait_share(),
             skipped_steps=history.skipped(),
         )
-    result = {
-        name: value
-        for name, value in dataclasses.asdict(finished).items()
-        if name != "folder"
-    }
+    result = dataclasses.asdict(finished)
+    del result["folder"]
     result["best_validation_accuracy"] = progress.best_accuracy
     if first:
         files.write_json(folder / files.SUMMARY, {**summary, "result": result})
@@ -320,6 +307,21 @@ def _train(
         lengths=lengths,
         params=state.params,
     )
+
+
+def _summary(
+    corpus: data.Corpus, batches: int, params: Any, cast_dtype: bool
+) -> dict[str, Any]:
+    """Returns what a run records of itself before it has a result."""
+    return {
+        "data": corpus.summary,
+        "label_names": list(corpus.label_names),
+        "tokenizer": corpus.tokenizer.fingerprint(),
+        "batches": batches,
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+        "cast_dtype": cast_dtype,
+        "result": None,  # until there is one; a run that goes on keeps the old
+    }
 
 
 def _finished(

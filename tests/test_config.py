@@ -95,6 +95,7 @@ def test_unknown_settings_are_named_with_those_that_exist(values, message):
         ("bad.json", "{"),
         ("bad.toml", "a ="),
         ("x.json", "[1]"),
+        ("twice.json", '{"training": {"epochs": 1, "epochs": 2}}'),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, text):
