@@ -295,7 +295,7 @@ def watching() -> Iterator[None]:
 LOST = (
     "another process of the run has ended or cannot be reached, so this one ends too; "
     "see what the other said. Go on with `flax-lstm train --resume`, on as many "
-    "processes as there are."
+    "processes as there are; where the run folder is not there yet, start again."
 )
 SIGNS = ("Gloo", "NCCL", "oordination service", "closed by peer", "heartbeat")
 """Words of collectives that failed because of another process."""
