@@ -1,12 +1,14 @@
 """What may stand on the standard input, in a file and in an argument."""
 
+import io
 import json
+import threading
 
 import pytest
-from command_lines import error_of
+from command_lines import error_of, program
 
 from flax_lstm import cli
-from flax_lstm.commands import answers, texts
+from flax_lstm.commands import texts
 from flax_lstm.config import Config
 
 pytestmark = pytest.mark.usefixtures("compilation_cache")
@@ -62,22 +64,31 @@ def test_texts_come_in_chunks_of_bounded_number_and_size(monkeypatch):
     got = list(texts.chunks(iter(["a", "b", "c", "d", "x" * 11, "e", "f"]), 3))
     assert got == [["a", "b", "c"], ["d", "x" * 11], ["e", "f"]]
     assert list(texts.chunks(iter([]))) == []
+    assert list(texts.chunks(["a", "b", None, None, "c"])) == [["a", "b"], ["c"]]
 
 
-def test_what_a_person_types_is_answered_line_by_line(capsys, monkeypatch, demo_folder):
-    """The second line is typed when the first has been answered."""
-    answered = []
+@pytest.mark.parametrize("command", ["predict", "trace"])
+def test_what_was_sent_is_answered_before_more_comes(demo_folder, command):
+    """A person who types waits for each answer, and so may a program."""
+    with program(command, str(demo_folder), stderr=None) as process:
+        late = threading.Timer(120, process.kill)  # then there is no next line
+        late.start()
+        for word in (b"lovely", b"awful"):
+            process.stdin.write(word + b" film\n")
+            process.stdin.flush()
+            answer = next(line for line in process.stdout if word in line)
+            assert b"film" in answer
+        process.stdin.write(b"no line end")
+        out, _ = process.communicate()
+        late.cancel()
+        assert (b"end" in out, process.returncode) == (True, 0)
 
-    def lines(file, name):
-        for line in ("lovely film", "awful film"):
-            answered.append(capsys.readouterr().out)
-            yield line
 
-    monkeypatch.setattr(texts, "lines", lines)
-    monkeypatch.setattr(answers, "typed", lambda given, path: not given and not path)
-    for command in ("predict", "trace"):
-        answered.clear()
-        assert cli.main([command, str(demo_folder)]) == 0
-        before, between = answered
-        assert (before, "lovely" in between) == ("", True)
-        assert "awful" in capsys.readouterr().out
+def test_lines_do_not_depend_on_where_blocks_of_reading_end(monkeypatch):
+    content = b"one\r\n\ntwo words\nx\n" + b"y" * 20
+    want = ["one", "", "two words", "x", "y" * 20]
+    for size in range(1, 12):
+        monkeypatch.setattr(texts, "BLOCK_BYTES", size)
+        got = list(texts.lines(io.BufferedReader(io.BytesIO(content)), "x"))
+        assert [text for text in got if text is not None] == want
+        assert None not in got[:-2]  # a file has no end of what is at hand but its own

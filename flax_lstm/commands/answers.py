@@ -12,7 +12,7 @@ from rich.console import Console
 from flax_lstm import report
 from flax_lstm.commands.arguments import Evaluate, Predict, Trace
 from flax_lstm.commands.terminal import Screen
-from flax_lstm.commands.texts import CHUNK_TEXTS, chunks, texts_of, typed
+from flax_lstm.commands.texts import chunks, texts_of
 from flax_lstm.config import DataConfig, UserError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def predict(command: Predict) -> None:
                         prediction.score, prediction.label, prediction.text
                     )
                 )
+        sys.stdout.flush()  # whoever sent these may wait for the answers
 
 
 def trace(command: Trace) -> None:
@@ -69,6 +70,7 @@ def trace(command: Trace) -> None:
     run = _load(command.run)
     for texts in asked:
         show_traces(Screen(), run, texts)
+        sys.stdout.flush()
 
 
 def show_traces(console: Console, run: "Run", texts: Iterable[str]) -> None:
@@ -106,8 +108,7 @@ def _asked(
     from flax_lstm.settings import recorded_config
 
     recorded_config(folder)
-    most = 1 if typed(given, path) else CHUNK_TEXTS
-    found = chunks(texts_of(given, path), most)
+    found = chunks(texts_of(given, path))
     return itertools.chain([next(found)], found)
 
 

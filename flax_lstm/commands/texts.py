@@ -2,9 +2,9 @@
 
 import codecs
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from flax_lstm.commands.terminal import say
 from flax_lstm.config import UserError
@@ -13,10 +13,15 @@ MOST_LINE_BYTES = 2**26
 """Of one text; a hundred novels. What has no line ends is not read into memory."""
 CHUNK_TEXTS, CHUNK_CHARACTERS = 1024, 2**24
 """Texts predicted at a time, so that a stream of any length fits in memory."""
+BLOCK_BYTES = 2**16
+"""Read at a time: what a pipe of Linux holds."""
 
 
-def texts_of(given: Sequence[str], path: Path | None) -> Iterator[str]:
-    """Yields the texts given, or those of the file, or of the standard input."""
+def texts_of(given: Sequence[str], path: Path | None) -> Iterator[str | None]:
+    """Yields the texts given, or those of the file, or of the standard input.
+
+    And None where it is going to wait for more: somebody may wait for an answer.
+    """
     if given:
         yield from map(argument_text, given)
     elif path is not None:
@@ -38,15 +43,20 @@ def texts_of(given: Sequence[str], path: Path | None) -> Iterator[str]:
         yield from lines(sys.stdin.buffer, "the standard input")
 
 
-def lines(file: IO[bytes], name: str) -> Iterator[str]:
+def lines(file: BufferedReader, name: str) -> Iterator[str | None]:
     r"""Yields the lines of a UTF-8 file without their ends (`\n` or `\r\n`).
+
+    And None where those at hand have been given, and it is going to wait for more.
 
     Raises:
       UserError: If there is no line, or one is longer than `MOST_LINE_BYTES`, holds a
         NUL byte or is not UTF-8.
     """
     number = 0
-    while line := file.readline(MOST_LINE_BYTES + 1):
+    for line in _lines_at_hand(file):
+        if line is None:
+            yield None
+            continue
         number += 1
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -73,6 +83,28 @@ def lines(file: IO[bytes], name: str) -> Iterator[str]:
         raise UserError(f"{name} is empty; expected texts, one on each line.")
 
 
+def _lines_at_hand(file: BufferedReader) -> Iterator[bytes | None]:
+    """Yields lines with their ends; and None where less came than was asked for.
+
+    One that is longer than `MOST_LINE_BYTES` comes in parts.
+    """
+    begun, size = [], 0
+    while block := file.read1(BLOCK_BYTES):
+        *ended, rest = block.split(b"\n")
+        for line in ended:
+            yield b"".join([*begun, line, b"\n"])
+            begun, size = [], 0
+        begun.append(rest)
+        size += len(rest)
+        if size > MOST_LINE_BYTES:
+            yield b"".join(begun)
+            begun, size = [], 0
+        if len(block) < BLOCK_BYTES:
+            yield None
+    if size:
+        yield b"".join(begun)
+
+
 def argument_text(text: str) -> str:
     """Returns a text of the command line.
 
@@ -93,13 +125,17 @@ def typed(given: Sequence[str], path: Path | None) -> bool:
     return not given and path is None and sys.stdin is not None and sys.stdin.isatty()
 
 
-def chunks(texts: Iterator[str], most: int = CHUNK_TEXTS) -> Iterator[list[str]]:
-    """Yields the texts in lists of a bounded size, `most` texts in each at the most."""
+def chunks(texts: Iterable[str | None], most: int = CHUNK_TEXTS) -> Iterator[list[str]]:
+    """Yields the texts in lists of a bounded size, `most` texts in each at the most.
+
+    A list ends where `texts_of` is going to wait.
+    """
     chunk, size = [], 0
     for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if len(chunk) == most or size > CHUNK_CHARACTERS:
+        if text is not None:
+            chunk.append(text)
+            size += len(text)
+        if chunk and (text is None or len(chunk) == most or size > CHUNK_CHARACTERS):
             yield chunk
             chunk, size = [], 0
     if chunk:
