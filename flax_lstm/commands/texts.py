@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from flax_lstm.commands.terminal import say
 from flax_lstm.config import UserError
@@ -40,7 +41,8 @@ def texts_of(given: Sequence[str], path: Path | None) -> Iterator[str | None]:
     else:
         if typed(given, path):
             say("reading texts, one on each line; Ctrl-D ends.")
-        yield from lines(sys.stdin.buffer, "the standard input")
+        standard: Any = sys.stdin.buffer  # typed as what it is only by default
+        yield from lines(standard, "the standard input")
 
 
 def lines(file: BufferedReader, name: str) -> Iterator[str | None]:
