@@ -76,8 +76,8 @@ def scan_cell(
     check_arrays(lengths=lengths, resets=resets)
     axes = 0 if resets is None else resets.ndim
     axes = axes if lengths is None else 1 + lengths.ndim
-    for leaf in jax.tree.leaves(inputs):
-        check_masks(lengths, resets, leaf.shape[:axes])
+    for shape in {leaf.shape[:axes] for leaf in jax.tree.leaves(inputs)}:
+        check_masks(lengths, resets, shape)  # once, where all fit: it reads the lengths
     inputs, live, resets = masked(inputs, lengths, resets)
 
     def step(state: Any, at: tuple[Any, Array | None, Array | None]):
