@@ -31,7 +31,6 @@ from flax_lstm_kernels.gpu.pieces import (
 )
 from flax_lstm_kernels.gpu.plan import PLANNERS, Sizes
 from flax_lstm_kernels.gpu.source import Piece
-from flax_lstm_kernels.gpu.step import slabs_out_in
 from gpu_problems import BARS, judge, problem, run
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("whole_float32")]
@@ -131,8 +130,6 @@ def piece_alone(kernel, *, reverse, apart, rows, held, dtype="float32"):
     planes[first_plane : first_plane + 8] = np.nan  # of rows that are not there
     planes[first_plane : first_plane + 8, :rows] = z
     weights = recurrent_weights(recurrent, size)
-    if kernel == "step":
-        weights = slabs_out_in(weights)
 
     def tiles(array, axis=0):
         if held == rows:

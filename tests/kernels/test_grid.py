@@ -90,13 +90,18 @@ def test_every_plan_fits_and_no_more_blocks_than_run_at_once(itemsize):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("resident", [True, False])
-def test_the_plan_counts_the_shared_memory_that_is_asked_for(dtype, resident):
-    cut = Cut(16, 192, jnp.dtype(dtype), 2, resident)
+@pytest.mark.parametrize(
+    ("which", "resident", "strips"),
+    [("forward", True, False), ("forward", False, True), ("backward", False, False)],
+)
+def test_the_plan_counts_the_shared_memory_that_is_asked_for(
+    dtype, which, resident, strips
+):
+    cut = Cut(16, 192, jnp.dtype(dtype), 2, resident, strips)
     arrays = [ref for ref in cut.scratch() if hasattr(ref, "shape")]
     asked = sum(int(np.prod(a.shape)) * jnp.dtype(a.dtype).itemsize for a in arrays)
-    sizes = Sizes("forward", 1, 16, 192, jnp.dtype(dtype).itemsize)
-    assert len(arrays) == 3
+    sizes = Sizes(which, 1, 16, 192, jnp.dtype(dtype).itemsize)
+    assert len(arrays) == 3 + strips
     assert asked == slab_bytes(sizes, 16, 2, resident=resident)
 
 

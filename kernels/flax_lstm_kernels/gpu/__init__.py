@@ -112,8 +112,6 @@ def forward(
         plan = choose(sizes)
     given, (filled, size) = (rows, hidden), plan.filled(rows, hidden)
     weights = recurrent_weights(recurrent_kernel.astype(dtype), size)
-    if plan.kernel == "step":
-        weights = step.slabs_out_in(weights)  # once for all steps and pieces
 
     def run(source: Any, *others: Array) -> tuple[Array, ...]:
         return FORWARD[plan.kernel](

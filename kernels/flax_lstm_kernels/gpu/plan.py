@@ -200,7 +200,8 @@ def slab_bytes(sizes: Sizes, rows: int, stages: int, *, resident: bool) -> int:
     """Returns the shared memory that `grid` and `step` ask for; see `slabs`."""
     size, item = up(sizes.hidden, UNITS), sizes.itemsize
     chunk = chunk_of(size, item)
-    weights = 64 * (size if resident else stages * chunk)
+    streamed = stages + (2 if sizes.which == "forward" else 0)  # slabs that are turned
+    weights = 64 * (size if resident else streamed * chunk)
     return (weights + stages * rows * chunk) * item + rows * PADDED * 4
 
 

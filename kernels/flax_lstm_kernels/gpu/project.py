@@ -17,14 +17,17 @@ Chunks   Of 32 inputs. The last ends at the last input; what the one before has 
 Inputs   Go through registers, to be rounded to tf32, and as TMA wants rows of whole
          16 bytes; by loads no wider than what divides a row. `AHEAD` chunks are
          on their way while a product runs.
-Weights  Come by TMA, `STAGES` chunks of four gates in a ring that goes on over tiles:
-         of 16 bits as they lie, which wgmma takes turned; of tf32, which it does not
-         take so, from a copy with the inputs last.
+Weights  Come by TMA as they lie, chunks of four gates in a ring that goes on over
+         tiles: `STAGES` of 16 bits, which wgmma takes so; `TO_TURN` of float32, which
+         it does not. Those are turned in registers into one of two other places, while
+         the products of the chunk before run.
 Barriers One a chunk, `commit_smem`, and one a tile. A thread reaches that of a chunk
          when its products of two chunks before are done (`wgmma_wait`): so after it the
          weights of two before may be overwritten, and those inputs before the next one
-         (`TURNS`, three places). What is read of `z_tile` is overwritten at the next
-         tile, a chunk's barrier later.
+         (`TURNS`, three places). Of float32 those of one before are done: the other
+         place of turned weights may be written, and what they were turned from is read.
+         What is read of `z_tile` is overwritten at the next tile, a chunk's barrier
+         later.
 Numerics As `single`: operands as tf32; sums and bias in float32, rounded once.
 Measured Not yet run on hardware.
 """
@@ -59,6 +62,7 @@ from flax_lstm_kernels.gpu.project_operands import (
 
 MOST_ROWS = 64  # of a tile: of four gates its sums are 128 registers
 STAGES = 4  # chunks of weights
+TO_TURN = 2  # the same, where they are turned
 TURNS = 3  # chunks of inputs in shared memory
 AHEAD = 2  # chunks of inputs in registers
 
@@ -127,6 +131,7 @@ class Block(NamedTuple):
     stages: Any
     z_tile: Any
     arrived: Any
+    turns: Any = None
 
     def load(self, ref: Any, vector: int) -> Any:
         """Loads rows, in the layout of their width and `vector`."""
@@ -144,8 +149,8 @@ class Block(NamedTuple):
         return row, wanted - row
 
     @property
-    def turned(self) -> bool:
-        """Says whether weights are in shared memory as they lie."""
+    def as_they_lie(self) -> bool:
+        """Says whether weights are multiplied as they lie."""
         return multiplied_turned(self.stages.dtype)
 
     def given(self, m: Any, chunk: Any) -> Any:
@@ -182,19 +187,26 @@ class Block(NamedTuple):
         mine = lax.div(left + self.apart - 1, self.apart)
         total = mine * chunks
 
+        stages = self.stages.shape[0]
+
         def fetch(count: Any, nothing: None = None) -> None:
             """Asks for weights; counts chunks of all tiles."""
-            slot, chunk = lax.rem(count, STAGES), lax.rem(count, chunks)
-            arrived = self.arrived.at[slot]
-            if not self.turned:
-                place = self.kernel.at[chunk, self.group]
-                plgpu.copy_gmem_to_smem(place, self.stages.at[slot], arrived)
-                return
+            slot, chunk = lax.rem(count, stages), lax.rem(count, chunks)
             rows = pl.ds(chunk * WIDTH, WIDTH)
             units = pl.ds(self.group * UNITS, UNITS)
             for n in range(GATES):
                 place = self.kernel.at[rows, n, units]
-                plgpu.copy_gmem_to_smem(place, self.stages.at[slot, n], arrived)
+                to = self.stages.at[slot, n]
+                plgpu.copy_gmem_to_smem(place, to, self.arrived.at[slot])
+
+        def turn(count: Any) -> None:
+            """Waits for weights, and turns them."""
+            slot = lax.rem(count, stages)
+            plgpu.barrier_wait(self.arrived.at[slot])
+            for n in range(GATES):
+                weights = self.registers.load(self.stages.at[slot, n])
+                place = self.turns.at[lax.rem(count, 2), n]
+                compat.store(place, as_operand(weights, place.dtype))
 
         def given(count: Any) -> Any:
             """Loads a chunk of the inputs; of those that there are not, the last."""
@@ -204,13 +216,20 @@ class Block(NamedTuple):
         def multiply(ahead: Any, m: Any, k: Any, products: Any) -> Any:
             """Runs `products(weights, x)` of a chunk; returns those ahead, and sums."""
             count = m * chunks + k
-            turn, slot = lax.rem(count, TURNS), lax.rem(count, STAGES)
-            compat.store(self.x_turns.at[turn], self.operand(ahead[0], k))
+            x = self.x_turns.at[lax.rem(count, TURNS)]
+            compat.store(x, self.operand(ahead[0], k))
             plgpu.commit_smem()
-            later = count - 2 + STAGES
-            pl.when((count >= 2) & (later < total))(partial(fetch, later))
-            plgpu.barrier_wait(self.arrived.at[slot])
-            found = products(self.stages.at[slot], self.x_turns.at[turn])
+            if self.as_they_lie:
+                later = count - 2 + stages
+                pl.when((count >= 2) & (later < total))(partial(fetch, later))
+                slot = lax.rem(count, stages)
+                plgpu.barrier_wait(self.arrived.at[slot])
+                found = products(self.stages.at[slot], x)
+            else:
+                later = count + stages
+                pl.when(later < total)(partial(fetch, later))
+                found = products(self.turns.at[lax.rem(count, 2)], x)
+                pl.when(count + 1 < total)(partial(turn, count + 1))
             return (*ahead[1:], given(count + AHEAD)), found
 
         def sums(ahead: Any, m: Any) -> tuple[Any, Any]:
@@ -219,7 +238,7 @@ class Block(NamedTuple):
             if self.registers.plain:
 
                 def turned(weights: Any) -> Any:
-                    return weights.T if self.turned else weights
+                    return weights.T if self.as_they_lie else weights
 
                 def add(k: Any, carry: Any) -> Any:
                     def products(weights: Any, tile: Any) -> Any:
@@ -237,12 +256,14 @@ class Block(NamedTuple):
                 def products(weights: Any, tile: Any) -> None:
                     for n in gates:
                         of_gate = weights.at[n]
-                        of_gate = compat.transposed(of_gate) if self.turned else of_gate
+                        if self.as_they_lie:
+                            of_gate = compat.transposed(of_gate)
                         plgpu.wgmma(totals[n], of_gate, compat.transposed(tile))
 
                 def add(k: Any, ahead: Any) -> Any:
                     ahead, _ = multiply(ahead, m, k, products)
-                    plgpu.wgmma_wait(GATES)  # for those of the chunk before
+                    # For those of the chunk before, or all.
+                    plgpu.wgmma_wait(GATES if self.as_they_lie else 0)
                     return ahead
 
                 left = lax.fori_loop(0, chunks, add, ahead)
@@ -273,9 +294,11 @@ class Block(NamedTuple):
 
         @pl.when(mine > 0)
         def some() -> None:
-            lax.fori_loop(0, jnp.minimum(STAGES, total), fetch, None)
+            lax.fori_loop(0, jnp.minimum(stages, total), fetch, None)
             bias = [self.per_unit(self.bias.at[self.group, n]) for n in range(GATES)]
             ahead = tuple(given(count) for count in range(AHEAD))
+            if not self.as_they_lie:
+                turn(0)
             lax.fori_loop(0, mine, partial(tile, bias=bias), ahead)
 
 
@@ -315,7 +338,9 @@ def project(
     inputs = inputs_to_project(inputs, rows)
     steps, _, inner = inputs.shape
     dtype, groups = inputs.dtype, size // UNITS
-    turned = multiplied_turned(dtype)
+    stages, turns = STAGES, []
+    if not multiplied_turned(dtype):
+        stages, turns = TO_TURN, [tiles((2, GATES, UNITS, WIDTH), dtype)]
     cut = Cut.of(least * rows, inner, dtype.itemsize)
     # Of 16 bits, a multiprocessor has room for two.
     at_once = BLOCKS * (2 if dtype.itemsize == 2 else 1)
@@ -327,11 +352,10 @@ def project(
         out_type=[],
         scratch_types=[
             tiles((TURNS, cut.rows, WIDTH), dtype),
-            tiles(
-                (STAGES, GATES, *((WIDTH, UNITS) if turned else (UNITS, WIDTH))), dtype
-            ),
+            tiles((stages, GATES, WIDTH, UNITS), dtype),
             tiled((GATES, cut.rows, UNITS), dtype),
-            plgpu.Barrier(num_arrivals=GATES if turned else 1, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=GATES, num_barriers=stages),
+            *turns,
         ],
         interpret=interpret,
         name="flax_lstm_project",

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 
 from flax_lstm_kernels.gpu.arrange import UNITS, fill, gates_apart
 from flax_lstm_kernels.gpu.cluster_tiles import WIDTH
-from flax_lstm_kernels.gpu.common import as_operand, multiplied_turned
 
 GATES = 4
 EIGHT = 8  # the least rows of a matrix instruction, in which they also come
@@ -23,8 +22,7 @@ class Weights(NamedTuple):
     """Weights of the inputs as the kernel reads them.
 
     Attributes:
-      kernel: As operands, of chunks of 32 inputs: `[chunks, P / 64, 4, 64, 32]`; of 16
-        bits `[32 chunks, 4, P]`.
+      kernel: `[32 chunks, 4, P]`.
       bias: `[P / 64, 4, 64]` in float32.
     """
 
@@ -35,7 +33,7 @@ class Weights(NamedTuple):
 def weights_of_inputs(
     kernel: Float[Array, "I G"], bias: Float[Array, " G"], size: int, dtype: Any
 ) -> Weights:
-    """Arranges the weights; copies none of 16 bits in whole chunks and groups.
+    """Arranges the weights; copies none in whole chunks and groups.
 
     Args:
       kernel: Weights of the inputs.
@@ -45,18 +43,15 @@ def weights_of_inputs(
     """
     bias = gates_apart(bias.astype(jnp.float32), size)
     bias = bias.reshape(GATES, size // UNITS, UNITS).swapaxes(0, 1)
-    wide = gates_apart(as_operand(kernel, dtype), size)
+    wide = gates_apart(kernel.astype(dtype), size)
     wide = fill(wide, 0, max(WIDTH, wide.shape[0]))
     inner = wide.shape[0]
-    chunks, shared = cut_inputs(inner)
+    _, shared = cut_inputs(inner)
     if shared:
         new = inner - WIDTH + shared  # where the last chunk goes on
         nothing = jnp.zeros((shared, *wide.shape[1:]), wide.dtype)
         wide = jnp.concatenate([wide[:new], nothing, wide[new:]])
-    if multiplied_turned(dtype):
-        return Weights(wide, bias)
-    apart = wide.reshape(chunks, WIDTH, GATES, size // UNITS, UNITS)
-    return Weights(apart.transpose(0, 3, 2, 4, 1), bias)
+    return Weights(wide, bias)
 
 
 def copies(inputs: Float[Array, "T B I"], rows: int) -> bool:

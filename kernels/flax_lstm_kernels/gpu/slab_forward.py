@@ -25,8 +25,8 @@ class Forward(NamedTuple):
     Attributes:
       span: The steps, and where their pre-activations lie, in the bits of the
         computation dtype; with what is kept the gates take their place.
-      slabs: `[4P, P]`, for each block of units its four gates (to, from); None where
-        the block keeps its own.
+      weights: `[P, 4, P]`, from `recurrent_weights`; None where the block keeps its
+        slab.
       lengths: `[rows]`.
       resets: `[T, rows]`, or None.
       turns: `[2, rows, P]`, see the file's head.
@@ -35,7 +35,7 @@ class Forward(NamedTuple):
     """
 
     span: Span
-    slabs: Any
+    weights: Any
     lengths: Any
     resets: Any
     turns: Any
@@ -44,9 +44,9 @@ class Forward(NamedTuple):
 
     def slab(self, unit: Any) -> Any:
         """Returns the weights of a block of units."""
-        if self.slabs is None:
+        if self.weights is None:
             return None
-        return self.slabs.at[pl.ds(unit * 4 * UNITS, 4 * UNITS), :]
+        return self.weights.at[:, :, pl.ds(unit * UNITS, UNITS)]
 
     def step(
         self,

@@ -6,14 +6,17 @@ stays in shared memory (`grid`) or passes through it chunk by chunk (`step`). Th
 operand, which all blocks need and each makes a part of, passes through it in any case.
 
 Axes     N rows of the tile, P hidden size in 64s; 64 = 4 gates of 16 units, or units.
-Ring     Chunks `[N, chunk]` of the operand, and `[64, chunk]` of a streamed slab, in
-         `stages` slots, each with its barrier.
-Weights  Of `step`, as the slabs are. Those that stay are read as they lie, `[P, 4, P]`:
-         backward a slab is rows of it, forward it is turned in registers.
+Ring     Chunks `[N, chunk]` of the operand, and of a streamed slab, in `stages` slots,
+         each with its barrier.
+Weights  Are read as they lie, `[P, 4, P]`. Backward a slab is rows of it. Forward it is
+         four strips of 16 columns, turned in registers on their way: of a slab that
+         stays once, of a streamed one chunk by chunk, while the product of the chunk
+         before runs. By estimate that costs no time, for chunks come more slowly.
 Turn     wgmma gives `[64, N]`; the block works on `[N, 16]`, as memory lies. The sums
          are turned in shared memory.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -31,6 +34,7 @@ from flax_lstm_kernels.gpu.common import (
 from flax_lstm_kernels.gpu.plan import PADDED, SLAB_UNITS, chunk_of
 
 UNITS, SLAB = SLAB_UNITS, 4 * SLAB_UNITS
+STRIPS = 4  # of weights as they lie, one for each gate
 
 
 class Cut(NamedTuple):
@@ -42,6 +46,7 @@ class Cut(NamedTuple):
       dtype: Of the operands.
       stages: Chunks under way at once.
       resident: The slab stays in shared memory.
+      strips: It does not, and comes as four strips of the weights, to be turned.
     """
 
     rows: int
@@ -49,6 +54,7 @@ class Cut(NamedTuple):
     dtype: Any
     stages: int
     resident: bool
+    strips: bool = False
 
     @property
     def chunk(self) -> int:
@@ -72,12 +78,17 @@ class Cut(NamedTuple):
         """Returns the shared memory and barriers of a `Block`, in its order."""
         slabs = self.chunks if self.resident else self.stages
         copies = 1 if self.resident else 2
+        strips = []
+        if self.strips:  # one slab is written while the other is multiplied
+            slabs, copies = 2, 1 + STRIPS
+            strips = [plgpu.SMEM((self.stages, STRIPS, self.chunk, UNITS), self.dtype)]
         return [
             tiled((slabs, SLAB, self.chunk), self.dtype),
             tiled((self.stages, self.rows, self.chunk), self.dtype),
             plgpu.SMEM((self.rows, PADDED), jnp.float32),
             plgpu.Barrier(num_arrivals=self.chunks),
             plgpu.Barrier(num_arrivals=copies, num_barriers=self.stages),
+            *strips,
         ]
 
 
@@ -91,6 +102,7 @@ class Block(NamedTuple):
     sums: Any
     weights_here: Any
     arrived: Any
+    strips: Any = None
 
     def load(self, ref: Any, bits: Any = None) -> Any:
         """Loads `[N, 16]` as float32; the bits may be those of another dtype.
@@ -144,61 +156,82 @@ class Block(NamedTuple):
 
     def keep_turned(self, weights: Any, units: Any) -> None:
         """Fetches the slab of a block's units to stay, of weights `[P, 4, P]`."""
-        registers = Registers(self.plain)
 
         def some(k: Any, nothing: None) -> None:
-            pairs = [
-                (
-                    weights.at[pl.ds(k * self.cut.chunk + first, SLAB), n, units],
-                    self.weights.at[k, pl.ds(n * UNITS, UNITS), pl.ds(first, SLAB)],
-                )
-                for first in range(0, self.cut.chunk, SLAB)
-                for n in range(4)
-            ]
-            registers.bring_turned(pairs)
+            def strip(first: int, n: int) -> Any:
+                return weights.at[pl.ds(k * self.cut.chunk + first, SLAB), n, units]
+
+            self.turn(strip, self.weights.at[k])
 
         lax.fori_loop(0, self.cut.chunks, some, None)
         plgpu.commit_smem()
+
+    def turn(self, strip: Callable[[int, int], Any], slab: Any) -> None:
+        """Makes `[64, chunk]` of strips; `strip(k, n)` is `[64, 16]` of gate n."""
+        pairs = [
+            (strip(first, n), slab.at[pl.ds(n * UNITS, UNITS), pl.ds(first, SLAB)])
+            for first in range(0, self.cut.chunk, SLAB)
+            for n in range(STRIPS)
+        ]
+        Registers(self.plain).bring_turned(pairs)
 
     def product(self, operand: Any, slab: Any) -> Any:
         """Returns `slab @ operand^T` as `[64, N]`.
 
         Args:
           operand: `[N, P]` in global memory.
-          slab: `[64, P]` in global memory; None where it stays.
+          slab: `[64, P]` in global memory, of strips `[P, 4, 16]`; None where it stays.
         """
         chunk, chunks, stages = self.cut.chunk, self.cut.chunks, self.cut.stages
 
         # Loops, not unrolled: else the addresses of all chunks are kept in registers.
         def fetch(k: Any, nothing: None = None) -> None:
             columns, slot = pl.ds(k * chunk, chunk), lax.rem(k, stages)
-            here = self.arrived.at[slot]
-            plgpu.copy_gmem_to_smem(
-                operand.at[:, columns], self.operands.at[slot], here
-            )
-            if not self.cut.resident:
-                plgpu.copy_gmem_to_smem(
-                    slab.at[:, columns], self.weights.at[slot], here
-                )
+            pairs = [(operand.at[:, columns], self.operands.at[slot])]
+            if self.cut.strips:
+                pairs += [
+                    (slab.at[columns, n, :], self.strips.at[slot, n])
+                    for n in range(STRIPS)
+                ]
+            elif not self.cut.resident:
+                pairs.append((slab.at[:, columns], self.weights.at[slot]))
+            for place, here in pairs:
+                plgpu.copy_gmem_to_smem(place, here, self.arrived.at[slot])
 
         def refill(k: Any) -> None:
             """Fetches into the slot that chunk k - 1 has left."""
+            if self.cut.strips:
+                plgpu.commit_smem()  # by all warps: its slab may be written, too
+            elif stages >= chunks:
+                return
 
             @pl.when((k > 0) & (k <= chunks - stages))
             def left() -> None:
-                plgpu.commit_smem()  # by all warps
+                if not self.cut.strips:
+                    plgpu.commit_smem()  # by all warps
                 fetch(k - 1 + stages)
+
+        def arrival(k: Any) -> tuple[Any, Any]:
+            """Waits for a chunk; returns its slab and operand."""
+            slot = lax.rem(k, stages)
+            plgpu.barrier_wait(self.arrived.at[slot])
+            if not self.cut.strips:
+                own = k if self.cut.resident else slot
+                return self.weights.at[own], self.operands.at[slot]
+            slab = self.weights.at[lax.rem(k, 2)]
+            self.turn(
+                lambda first, n: self.strips.at[slot, n, pl.ds(first, SLAB), :], slab
+            )
+            plgpu.commit_smem()
+            return slab, self.operands.at[slot]
 
         lax.fori_loop(0, min(stages, chunks), fetch, None)
         if self.plain:
 
             def add(k: Any, total: Any) -> Any:
-                slot = lax.rem(k, stages)
-                plgpu.barrier_wait(self.arrived.at[slot])
-                weights = self.weights[k if self.cut.resident else slot]
-                part = plain_product(weights, self.operands[slot])
-                if stages < chunks:
-                    refill(k)
+                slab, operand = arrival(k)
+                part = plain_product(slab[...], operand[...])
+                refill(k)
                 return total + part
 
             nothing = jnp.zeros((SLAB, self.cut.rows), jnp.float32)
@@ -206,16 +239,10 @@ class Block(NamedTuple):
 
         def accumulate(total: Any) -> Any:
             def add(k: Any, nothing: None) -> None:
-                slot = lax.rem(k, stages)
-                plgpu.barrier_wait(self.arrived.at[slot])
-                plgpu.wgmma(
-                    total,
-                    self.weights.at[k if self.cut.resident else slot],
-                    compat.transposed(self.operands.at[slot]),
-                )
+                slab, operand = arrival(k)
+                plgpu.wgmma(total, slab, compat.transposed(operand))
                 plgpu.wgmma_wait(1)
-                if stages < chunks:
-                    refill(k)
+                refill(k)
 
             lax.fori_loop(0, chunks, add, None)
             return total[...]

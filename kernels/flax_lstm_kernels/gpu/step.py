@@ -4,9 +4,9 @@ Axes     T time, N batch in whole tiles, P hidden size in whole 64s.
 Launches One a step forward, two backward (`slab_forward`, `slab_backward`): a launch
          begins when the one before is done, so that blocks need nothing else to agree.
 Grid     (units in 16s, tiles of the batch), of any size.
-Weights  Pass through shared memory at every step, from the level-2 cache if that holds
-         them. The gates are computed in the block that has multiplied, and never pass
-         through memory before.
+Weights  Pass through shared memory at every step, as they lie, from the level-2 cache
+         if that holds them. The gates are computed in the block that has multiplied,
+         and never pass through memory before.
 State    c, h and the gradients stay in global memory, in place; the gates as in
          `single`. Tiles whose rows have all ended multiply nothing.
 Measured Not yet run on hardware.
@@ -34,25 +34,18 @@ from flax_lstm_kernels.gpu.source import Kind, forward_results, opened
 NONE = Launches()
 
 
-def slabs_out_in(weights: Any) -> Any:
-    """Puts the gates of each 16 units together: `[P, 4, P]` becomes `[4P, P]`."""
-    size = len(weights)
-    apart = as_operand(weights, weights.dtype).reshape(size, 4, size // UNITS, UNITS)
-    return apart.transpose(2, 1, 3, 0).reshape(4 * size, size)
-
-
 def forward_body(*refs: Any, cut: Cut, kind: Kind, cuts: bool, plain: bool) -> None:
     """Runs one block of one step forward; see the module."""
     take = Refs(refs)
     hs, span = kind.taken(take)
     turns, c_state, h_state = take(), take(), take()
     hs, before = take() if kind.keep else hs, take(kind.keep)
-    now, slabs, ends, lengths, resets = take(), take(), take(), take(), take(cuts)
+    now, weights, ends, lengths, resets = take(), take(), take(), take(), take(cuts)
     block = Block(cut, plain, *take.rest)
     unit, tile = lax.axis_index("unit"), lax.axis_index("tile")
     rows, units = pl.ds(tile * cut.rows, cut.rows), pl.ds(unit * UNITS, UNITS)
     t, turn, held = now[0], now[1], span.rows(tile, cut.rows)
-    of = Forward(span, slabs, lengths, resets, turns, hs, before)
+    of = Forward(span, weights, lengths, resets, turns, hs, before)
 
     @pl.when(t < ends[tile])
     def run() -> None:
@@ -158,13 +151,10 @@ def forward_pass(
     plan: Plan,
     interpret: Any = None,
 ) -> tuple[Any, ...]:
-    """Runs the kernel forward; arguments and results as `single.forward_pass`.
-
-    But the weights: they are from `slabs_out_in`.
-    """
+    """Runs the kernel forward; arguments and results as `single.forward_pass`."""
     (filled, size), dtype, kind = c.shape, weights.dtype, Kind.of(source)
     first, steps = (0, len(source)) if kind.keep else (source.now[0], source.count)
-    cut = Cut(plan.rows, size, dtype, plan.stages, resident=False)
+    cut = Cut(plan.rows, size, dtype, plan.stages, resident=False, strips=True)
     given = [weights, tile_ends(lengths, plan.rows)]
     given += masks(lengths, resets)
     body = partial(forward_body, kind=kind, cuts=bool(resets.size))
