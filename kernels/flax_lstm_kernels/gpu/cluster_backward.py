@@ -100,8 +100,7 @@ def body(*refs, team: Team, rows: int, reverse: bool, cuts: bool, plain: bool):
     plgpu.barrier_wait(ready)
     if weights.dtype == jnp.float32:
         for share, *_ in shares:
-            values.store(share, as_operand(values.load(share), weights.dtype))
-        plgpu.commit_smem()
+            values.round(share)  # and committed by the first step
 
     def letters(slot: Any) -> list[Copy]:
         """Returns the copies of a round: of each product, to the two it is for."""

@@ -16,7 +16,7 @@ Interpreted   The blocks of a cluster become one block with the warpgroups of al
 Order         Whoever waits for round n has, from every block, what it sent in n, which
               it did after its wait for n - 1. Hence no one overwrites a slot of round
               n, at the receiver or as a source, before round n + 2, when all have read
-              it. `tests/kernels/test_gpu_cluster.py` tries all orders.
+              it. `tests/kernels/test_gpu_cluster_exchange.py` tries all orders.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flax_lstm_kernels import compat
-from flax_lstm_kernels.gpu.common import widened
+from flax_lstm_kernels.gpu.common import as_operand, widened
 
 WIDTH = 32  # units of one warpgroup
 EIGHT = 8  # rows of a tile that are contiguous in shared memory
@@ -65,6 +65,10 @@ class Tiles(NamedTuple):
             ref[...] = value
         else:
             compat.store(ref, value)
+
+    def round(self, ref: Any) -> None:
+        """Makes an operand of a tile, in place; each thread what it has read itself."""
+        self.store(ref, as_operand(self.load(ref), ref.dtype))
 
     def per_row(self, ref: Any) -> Any:
         """Loads `[N]` of global memory, one for each row, as `[N, 32]`."""

@@ -214,7 +214,10 @@ class Registers(NamedTuple):
             compat.store(ref, value)
 
     def round(self, ref: Any) -> None:
-        """Makes an operand of a tile `[N, 64]` of shared memory, in place."""
+        """Makes an operand of a tile `[N, 64]` of shared memory, in place.
+
+        Each thread writes what it has read itself: no barrier is needed in between.
+        """
         self.store(ref, as_operand(self.load(ref), ref.dtype))
 
     def bring_turned(self, pairs: list[tuple[Any, Any]]) -> None:
