@@ -54,3 +54,10 @@ def test_what_a_soak_must_not_show_is_told(changed, told, monkeypatch):
     monkeypatch.syspath_prepend(str(SOAK.parent))
     wrong = importlib.import_module("soak").verdict(FINE | changed)
     assert [told in line for line in wrong] == ([] if told is None else [True])
+
+
+def test_files_of_a_checkpoint_under_way_do_not_stay_and_a_leak_does(monkeypatch):
+    monkeypatch.syspath_prepend(str(SOAK.parent))
+    staying = importlib.import_module("soak").staying
+    assert staying([9, *[13] * 12, *[22] * 7]) == 13
+    assert staying(list(range(13, 33))) + 2 < staying(list(range(33, 53)))
