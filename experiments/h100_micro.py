@@ -1,4 +1,4 @@
-"""What a step of a fused LSTM waits for on Hopper: four small kernels, timed.
+"""What a step of a fused LSTM waits for on Hopper: five small kernels, timed.
 
 Each repeats one operation in a loop, every round depending on the one before, and is
 timed at two numbers of rounds: the difference is the operation alone.
@@ -8,6 +8,9 @@ timed at two numbers of rounds: the difference is the operation alone.
                waits for it on its barrier and reads it
     cluster    arrival and wait at a barrier of a whole cluster
     semaphore  a signal to, and a wait for, all blocks of a grid, through L2
+    copy       16 KiB of weights, by all blocks at once, four copies under way in each:
+               64 rows of 256 bytes, or four strips of 128 rows of 32 bytes, as `step`
+               reads the weights where they lie
 
 `python experiments/h100.py` runs them; `main` here runs them alone.
 """
@@ -30,6 +33,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROUNDS = 4096
 """Of the shorter loop: milliseconds, so that launching is nothing beside it."""
 DEPTH = 128
+UNITS, WIDTH, STAGES = 2048, 16, 4
+"""Of the copies: units of a layer, units of a block, places."""
 TILE = (64, 16)
 LAYOUT = plgpu.Layout.WGMMA
 
@@ -71,6 +76,10 @@ def micros() -> Iterator[Micro]:
     for blocks in (2, 16, 64, 128):
         make = functools.partial(semaphore, blocks)
         yield Micro("semaphore", blocks, "blocks", make, tile)
+    for row, shape in ((32, (UNITS, 4, UNITS)), (256, (4 * UNITS, UNITS))):
+        weights = (jax.ShapeDtypeStruct(shape, jnp.bfloat16), *tile)
+        make = functools.partial(copies, row == 32)
+        yield Micro("copy", row, "bytes a row", make, weights)
 
 
 def swizzled(columns: int) -> tuple[Any, ...]:
@@ -209,6 +218,53 @@ def semaphore(blocks: int, rounds: int) -> Callable[..., Any]:
         name="flax_lstm_micro",
         out_type=[jax.ShapeDtypeStruct((blocks, *TILE), jnp.float32)],
         scratch_types=[],
+        grid=(blocks,),
+        grid_names=("block",),
+    )
+
+
+def copies(strips: bool, rounds: int) -> Callable[..., Any]:
+    """Has every block fetch its weights, again and again, chunk by chunk."""
+    shape = (4, DEPTH, WIDTH) if strips else (4 * WIDTH, DEPTH)
+
+    def body(weights, tile, out, places, arrived):
+        unit = lax.axis_index("block")
+
+        def fetch(n, _=None):
+            chunk = pl.ds(lax.rem(n, UNITS // DEPTH) * DEPTH, DEPTH)
+            place, here = places.at[lax.rem(n, STAGES)], arrived.at[lax.rem(n, STAGES)]
+            if not strips:
+                rows = pl.ds(unit * 4 * WIDTH, 4 * WIDTH)
+                plgpu.copy_gmem_to_smem(weights.at[rows, chunk], place, here)
+                return
+            for gate in range(4):
+                strip = weights.at[chunk, gate, pl.ds(unit * WIDTH, WIDTH)]
+                plgpu.copy_gmem_to_smem(strip, place.at[gate], here)
+
+        def step(n, carry):
+            plgpu.barrier_wait(arrived.at[lax.rem(n, STAGES)])
+            plgpu.commit_smem()
+            pl.when(n + STAGES < rounds)(lambda: fetch(n + STAGES))
+            return carry
+
+        lax.fori_loop(0, min(STAGES, rounds), fetch, None)
+        lax.fori_loop(0, rounds, step, ())
+        out[unit] = compat.load(tile, LAYOUT)
+
+    blocks = UNITS // WIDTH
+    return compat.kernel(
+        body,
+        name="flax_lstm_micro",
+        out_type=[jax.ShapeDtypeStruct((blocks, *TILE), jnp.float32)],
+        scratch_types=[
+            plgpu.SMEM(
+                (STAGES, *shape),
+                jnp.bfloat16,
+                transforms=() if strips else swizzled(DEPTH),
+            ),
+            plgpu.Barrier(num_arrivals=4 if strips else 1, num_barriers=STAGES),
+        ],
+        auto_barriers=False,
         grid=(blocks,),
         grid_names=("block",),
     )
