@@ -1,7 +1,7 @@
 """What the threads of a block of the GPU kernels do to each other: nothing unordered.
 
 The interpreter runs a warpgroup as one thread, and copies and matrix products at once.
-This runs the kernels' own code in the model of `gpu_threads.py`, which does not.
+This runs the kernels' own code in the model of `gpu_order.py`, which does not.
 """
 
 import functools
@@ -13,7 +13,8 @@ from flax_lstm_kernels.gpu import Plan, project
 from flax_lstm_kernels.gpu.arrange import kept_dtype
 from flax_lstm_kernels.gpu.project_operands import weights_of_inputs
 from flax_lstm_kernels.gpu.source import Piece
-from gpu_threads import Block, Memory, stand_ins
+from gpu_order import Block
+from gpu_recorder import Memory, stand_ins
 
 pytestmark = pytest.mark.kernels
 
