@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from flax_lstm_kernels.target import current
 
 from flax_lstm.loop import varying_axes
 
@@ -202,8 +203,6 @@ def explained(asked: Any, request: Request) -> Explanation:
             f"implementation must be None or one of {get_args(Implementation)}; "
             f"got {asked!r}."
         )
-    from flax_lstm_kernels.target import current
-
     target = current()
     runs, note = None, ""
     reasons: dict[str, str] = {}

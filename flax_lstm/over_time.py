@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax_lstm_kernels import target
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
@@ -165,8 +166,6 @@ def lstm_by_kernel(
 
     With `asked`, for it by name, it raises where another loop would have to do.
     """
-    from flax_lstm_kernels import target
-
     device = target.current()._replace(asked=asked)
     if params.kernel.dtype != params.bias.dtype:
         # The loop wants one dtype, and gives both gradients in it.

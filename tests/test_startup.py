@@ -79,3 +79,25 @@ def test_the_process_began_after_its_parent_looked_at_the_clock():
     began, ready = map(float, done.stdout.split())
     tick = 2 / os.sysconf("SC_CLK_TCK")  # what the system's stamp is rounded to
     assert before - tick <= began <= ready
+
+
+def test_a_call_leaves_what_is_compiled_as_it_is():
+    """In a process of its own: the first call imports what the others find there."""
+    counted = """
+import jax, jax.numpy as jnp
+from flax_lstm import LSTMParams, lstm
+
+double = jax.jit(lambda x: 2 * x)
+double(jnp.ones(3))
+lstm(LSTMParams(jnp.ones((3, 8)), jnp.ones((2, 8)), jnp.ones(8)), jnp.ones((4, 1, 3)))
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: compiled.append(event)
+)
+double(jnp.ones(3))
+print([event for event in compiled if "backend_compile" in event])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", counted], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "[]\n", done.stdout + done.stderr

@@ -30,7 +30,8 @@ class Target(NamedTuple):
     asked: bool = False
 
 
-# Not a global: jax.jit keeps what was traced for each value of it apart.
+# Not a global: jax.jit keeps what was traced for each value of it apart. To make it
+# throws away all that is compiled, so this is imported with the package, not at a call.
 _named: Any = jax.make_user_context(None)
 
 
