@@ -43,8 +43,8 @@ for shape in ODD.get(target, ())[:1]:
     # and h as operand, twice.
     states = 8 * (2 * (4 + 2) + 2 * 2)
     asked += [(shape, "forward", (4 * 16 * 2 + 4 * 4 + states) * shape[-1] / 2**20)]
-# Rows of no whole tile, whose sequences are not filled up.
-asked += [(shape, "forward", 0) for shape in ODD.get(target, ())[1:2]]
+# Rows of no whole tile, and of all steps no whole eights, which are not filled up.
+asked += [(shape, "forward", 0) for shape in ODD.get(target, ())[1:3]]
 for shape, mode, above, *dtype in asked:
     plans = [
         planned(target, shape, name, mode, place, lengths, *dtype)

@@ -28,6 +28,8 @@ from flax_lstm_kernels.gpu.pieces import (
     cuts,
     last_steps,
     piece_steps,
+    shortest,
+    trained_steps,
 )
 from flax_lstm_kernels.gpu.plan import PLANNERS, Sizes
 from flax_lstm_kernels.gpu.source import Piece
@@ -72,36 +74,47 @@ def test_every_step_is_in_one_piece_and_overwrites_nothing(reverse, multiple):
         assert len(found) <= 10 + 2 * np.log(fewest) / np.log(1.25)
 
 
-@pytest.mark.parametrize(("keep", "item"), [(False, 2), (True, 4), (True, 2)])
-def test_copied_pieces_are_alike_and_neither_many_nor_large(keep, item):
-    """No more than 16 but where they have 16 steps; in training in 16 bits 8."""
-    most, least = (TRAINED, 100_003) if keep and item == 2 else (PIECES, LEAST)
-    for steps in (1, 3, 4, 59, 60, 61, 64, 119, 120, 244, 251, 1024, 100_003):
-        for rows, size in ((8, 64), (256, 128), (2000, 128), (8, 1024)):
-            given, filled = (rows // 2, size), (rows, size)
-            found = piece_steps(steps, given, filled, item, keep=keep)
-            assert piece_steps(steps, filled, filled, item, keep=keep) == steps
+@pytest.mark.parametrize("multiple", [1, 2, 8])
+@pytest.mark.parametrize("least", [1, 8, 16, 30, 1000])
+def test_copied_pieces_are_alike_and_neither_short_nor_long(least, multiple):
+    for steps in (8, 9, 59, 60, 61, 64, 119, 120, 244, 251, 1024, 100_003):
+        for projected in (4 * 8 * 64 * 2, 4 * 2000 * 128 * 2):
+            found = piece_steps(steps, least, projected, multiple)
+            assert 0 < found <= steps
+            assert found % multiple == 0
+            fewest = max(LAST, least, PROJECTED // projected)
+            assert found >= min(fewest, steps // multiple * multiple)
+            assert found < 2 * fewest + 2 * multiple
             count = -(-steps // found)
-            assert count <= most or found >= least
-            fewest = min(least, max(LAST, -(-steps // most)))
-            assert found < 2 * max(PROJECTED // (rows * 4 * size * item), fewest)
             last = steps - (count - 1) * found
             assert 0 < last <= found
-            assert found - last < count
+            assert multiple > 1 or found - last < count
 
 
-def test_training_in_16_bits_is_cut_only_where_twice_as_much_would_be_filled_up():
-    for given, itemsize, cut in (
+def test_there_are_no_more_pieces_than_32_but_of_eight_steps_and_more():
+    for steps in (1, 64, 244, 1024, 100_003):
+        least = shortest(steps)
+        assert least == LEAST or -(-steps // least) <= PIECES
+
+
+@pytest.mark.parametrize(
+    ("given", "itemsize", "cut"),
+    [
         ((4, 128), 2, True),
         ((5, 128), 2, False),
         ((250, 100), 2, False),
         ((250, 64), 2, True),
         ((250, 100), 4, True),
-    ):
-        filled = (up(given[0], 8), 128)
-        found = piece_steps(244, given, filled, itemsize, keep=True)
-        assert (found < 244) is cut
-        assert piece_steps(244, given, filled, itemsize, keep=False) < 244
+        ((256, 128), 4, False),
+    ],
+)
+def test_training_is_cut_where_twice_as_much_would_be_filled_up(given, itemsize, cut):
+    """In float32 where anything is; in 16 bits into no more than eighths."""
+    filled = (up(given[0], 8), 128)
+    found = trained_steps(2440, given, filled, itemsize)
+    assert (found < 2440) is cut
+    if cut and itemsize == 2:
+        assert 2440 / TRAINED <= found < 2 * 2440 / TRAINED
 
 
 class Alone(NamedTuple):
@@ -206,34 +219,55 @@ def test_a_piece_has_the_values_of_numpy_and_writes_no_other_step(
 @pytest.fixture
 def short_pieces(monkeypatch):
     """Cuts 7 steps up: into single ones, the last four apart; in copies, 3, 3 and 1."""
-    named = {"LAST": 1, "LEAST": 2, "PIECES": 2, "PROJECTED": 0, "TRAINED": 4}
+    named = {"LAST": 1, "LEAST": 1, "PIECES": 7, "PROJECTED": 0, "TRAINED": 4}
     for name, value in named.items():
         monkeypatch.setattr(pieces, name, value)
-    for keep, itemsize in itertools.product((False, True), (2, 4)):
-        assert piece_steps(7, (1, 1), (8, 64), itemsize, keep=keep) == 3
+    assert piece_steps(7, 2 * shortest(7), 1) == 3
+    for itemsize in (2, 4):
+        assert trained_steps(7, (1, 1), (8, 64), itemsize) == 3
+
+
+PLANS = {
+    "single": Plan("single", 8, 2),
+    "cluster": Plan("cluster", 8, 2, 2),
+    "grid": Plan("grid", 8, 2),
+    "step": Plan("step", 8, 2),
+}
 
 
 @pytest.mark.parametrize(
-    ("kernel", "rows", "size", "hidden", "reverse", "dtype"),
+    ("kernel", "steps", "rows", "size", "hidden", "reverse", "dtype"),
     [
-        ("single", 8, 2, 64, False, "float32"),
-        ("single", 8, 2, 64, True, "float32"),
-        ("step", 8, 2, 64, False, "float32"),
-        ("single", 9, 2, 7, True, "float32"),
-        ("single", 9, 35, 7, True, "bfloat16"),
-        ("step", 3, 2, 7, False, "float32"),
-        ("single", 12, 2, 64, False, "float32"),
-        ("step", 10, 2, 64, True, "float32"),
+        ("single", 7, 8, 2, 64, False, "float32"),
+        ("single", 7, 8, 2, 64, True, "float32"),
+        ("step", 7, 8, 2, 64, False, "float32"),
+        ("single", 7, 9, 2, 7, True, "float32"),
+        ("single", 7, 9, 35, 7, True, "bfloat16"),
+        ("step", 7, 3, 2, 7, False, "float32"),
+        ("single", 7, 12, 2, 64, False, "float32"),
+        ("step", 7, 10, 2, 64, True, "float32"),
+        # In copies of rows that are not filled up, but by steps projected again.
+        ("single", 13, 9, 2, 64, True, "float32"),
+        ("single", 13, 9, 35, 64, False, "bfloat16"),
+        ("single", 7, 12, 35, 7, True, "float32"),
+        ("cluster", 7, 10, 2, 60, False, "float32"),
+        ("step", 13, 1, 35, 7, True, "float32"),
+        # Whole tiles, whose hs take the place of gates.
+        ("cluster", 7, 8, 35, 60, True, "float32"),
+        ("grid", 7, 16, 2, 60, False, "float32"),
+        ("grid", 7, 8, 2, 7, True, "bfloat16"),
+        ("step", 7, 16, 35, 7, True, "float32"),
     ],
 )
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.kernels("interpreted")
 def test_a_sequence_in_pieces_has_the_values_of_numpy(
-    kernel, rows, size, hidden, reverse, dtype
+    kernel, steps, rows, size, hidden, reverse, dtype
 ):
     """Of whole units in place, of others, and of few rows, in copies."""
-    given = problem((7, rows, size, hidden), dtype)
-    got = run(given, Plan(kernel, 8, 2), reverse=reverse, keep=False)
+    given, plan = problem((steps, rows, size, hidden), dtype), PLANS[kernel]
+    interpret = NAN_FILLED if kernel == "grid" else None  # as in test_grid.py
+    got = run(given, plan, reverse=reverse, keep=False, interpret=interpret)
     x, kernel, recurrent, bias, c, h, lengths, resets = given.arguments
     want = reference.lstm(
         (kernel, recurrent, bias),
@@ -248,10 +282,10 @@ def test_a_sequence_in_pieces_has_the_values_of_numpy(
         assert reference.error(value, true) < BARS[dtype][0]
     # Tiles that have some rows both write the same values to the same place, and not in
     # order, which some versions tell.
-    assert not got.raced or (hidden == 64 and rows > 8)
+    assert not got.raced or rows % 8
 
 
-WITHIN, APART = True, False  # hs
+WITHIN, APART = True, False  # hs, planes are
 
 
 @pytest.mark.parametrize(
@@ -260,7 +294,7 @@ WITHIN, APART = True, False  # hs
         (85, False, 1, [(16, WITHIN), *[(16, APART)] * 4, (5, APART)]),
         (85, True, 1, [(16, WITHIN), *[(16, APART)] * 4, (5, APART)]),
         (13, True, 1, [(8, APART), (5, APART)]),
-        (5, False, 8, [(5, APART)]),  # less than `project` has in a tile
+        (5, False, 8, [(5, WITHIN)]),  # less than `project` has in a tile: filled up
     ],
 )
 @pytest.mark.kernels("interpreted")
@@ -317,7 +351,7 @@ def test_training_in_copied_pieces_has_the_values_and_gradients_of_numpy(
 @pytest.mark.parametrize(
     ("rows", "size", "hidden", "copied"),
     [
-        (2001, 32, 100, True),
+        (2001, 32, 100, False),
         (2000, 40, 100, False),
         (7, 40, 128, True),
         (16, 31, 100, True),
@@ -344,13 +378,17 @@ def test_inference_of_filled_up_sizes_keeps_nothing_and_copies_few_inputs(
     jax.eval_shape(call, *given.arguments)
     assert sources
     assert all(isinstance(source, Piece) for source in sources)
-    steps = {len(source.hs) // source.rows for source in sources}
+    # Of whole tiles hs has the place of gates.
+    steps = {
+        len(source.hs) // source.rows // (4 if source.planes is None else 1)
+        for source in sources
+    }
     assert max(steps) < 64
     assert {shape[0] for shape in read} == (steps if copied else {64})
 
 
 def test_few_inputs_are_filled_up_for_a_piece_alone(monkeypatch):
-    """To 32, though hs is written in place: of twelve of 64 steps, the most at once."""
+    """To 32, though hs is written in place: of four of 64 steps."""
     given, read, unwatched = problem((64, 16, 31, 128), "bfloat16"), [], project.project
 
     def watched(inputs, *arrays, **options):
@@ -360,14 +398,14 @@ def test_few_inputs_are_filled_up_for_a_piece_alone(monkeypatch):
     monkeypatch.setattr(project, "project", watched)
     call = partial(forward, reverse=False, keep=False, interpret=True)
     jax.eval_shape(call, *given.arguments)
-    assert set(read) == {(12, 16, 31)}
+    assert set(read) == {(4, 16, 31)}
 
 
 @pytest.mark.parametrize(
     ("kernel", "steps", "rows", "held"),
     [
         ("single", 14, 12, 12),
-        ("single", 13, 12, 16),  # TMA would refuse hs
+        ("single", 13, 12, 12),  # TMA would refuse hs of all steps
         ("cluster", 13, 9, 9),
         ("grid", 13, 9, 9),
         ("grid", 13, 1, 1),
@@ -420,7 +458,7 @@ def lowered_for_cuda(function, arrays):
 @pytest.mark.kernels("lowered")
 def test_the_projected_inputs_of_all_steps_are_nowhere(kernel):
     """Nor is a kernel of every piece in the program, but for `step`, which loops."""
-    steps, rows, size, hidden = 251, 512, 2, 128
+    steps, rows, size, hidden = 251, 512, 40, 128
     plan = PLANNERS[kernel](Sizes("forward", steps, rows, hidden, 2, keep=False))
     assert isinstance(plan, Plan)
     arrays = arguments_like(steps, rows, size, hidden)

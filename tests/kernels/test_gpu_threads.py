@@ -67,9 +67,9 @@ def run(kernel, which, dtype, size, stages):
         gpu.BACKWARD[kernel](*arrays, *lengths, **options)
         return
     source = gates
-    if which == "inference":  # of planes in hs, as all pieces but the last few are
-        hs = Memory("hs", (5 * STEPS * ROWS, size), dtype)
-        now = jnp.array([0, STEPS, STEPS, STEPS], jnp.int32)
+    if which == "inference":  # hs in the place of gates, as where units are filled up
+        hs = Memory("hs", (4 * STEPS * ROWS, size), dtype)
+        now = jnp.array([0, STEPS, 0, STEPS], jnp.int32)
         source = Piece(hs, None, now, STEPS, ROWS)
     gpu.FORWARD[kernel](source, weights, state, h, *lengths, **options)
 

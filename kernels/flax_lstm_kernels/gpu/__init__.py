@@ -42,7 +42,7 @@ from flax_lstm_kernels.gpu.arrange import (
     wide_weights,
 )
 from flax_lstm_kernels.gpu.common import as_operand
-from flax_lstm_kernels.gpu.pieces import held_rows, in_pieces, piece_steps
+from flax_lstm_kernels.gpu.pieces import held_rows, in_pieces, trained_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 from flax_lstm_kernels.gpu.project_operands import weights_of_inputs
 
@@ -152,7 +152,7 @@ def forward(
             tiles(lengths),
             tiles(resets, 1) if resets.size else resets,
             hidden,
-            held=held,
+            plan=plan,
             reverse=reverse,
         )
         if held == rows:
@@ -185,7 +185,7 @@ def forward(
         lengths,
         resets,
         results=results,
-        size=piece_steps(steps, given, (filled, size), dtype.itemsize, keep=keep),
+        size=trained_steps(steps, given, (filled, size), dtype.itemsize),
         reverse=reverse,
     )
     return hs, c[:rows, :hidden], h[:rows, :hidden], gates, before
@@ -264,7 +264,7 @@ def backward(
         fill(lengths, 0, filled),
         resets,
         results=[jax.ShapeDtypeStruct(gates.shape, dtype)],
-        size=piece_steps(steps, given, (filled, size), dtype.itemsize, keep=True),
+        size=trained_steps(steps, given, (filled, size), dtype.itemsize),
         reverse=not reverse,
     )
     return d_z, d_c[:rows, :hidden], d_h[:rows, :hidden]

@@ -10,11 +10,13 @@ A piece is two launches, `project` and the kernel, and there are few: 17 of 244 
 Which steps they are is an argument, so that all pieces run the same two programs. A
 gate's planes of all steps lie together, as a product of them all would.
 
-Rows of no whole tile are not filled up (`held_rows`). Where units have to be, or rows,
-hs is not what the caller gets, and of a few rows it would be many times that. Such
-sequences run in pieces that are alike, in a loop, each with planes and hs of its own,
-which is then copied; so does their training, forward and backward, whose inputs are
-copied too (`piece_steps`). Only a piece is then filled up.
+Rows of no whole tile are not filled up (`held_rows`). Where units have to be, or rows
+of less than a tile, or `single` cannot write so many rows as all steps have, hs is not
+what the caller gets. Such sequences run in pieces that are alike, in a loop, each with
+planes and hs of its own, which is then copied (`piece_steps`); hs has the place of the
+gate i of its step, where no two tiles share rows. So does training of what has to be
+filled up, forward and backward, whose inputs are copied too. Only a piece is then
+filled up.
 
 Axes     T time, B batch, H hidden size; N and P the same in whole tiles of the batch
          and whole groups of units; M rows of planes and hs, B or filled up; S planes.
@@ -40,12 +42,14 @@ from flax_lstm_kernels.gpu.source import Piece
 LAST = 4
 LAST_BYTES = 4 << 20
 ROW_LAST = 16  # of one row, in whole eights
-# Steps of a copied piece, where there are that many: at least so many, or a sixteenth
-# of all, and as many as have planes of so many bytes. By estimate, not measured, its
-# launches (3, of few rows 5, in training 7) then take no more time than its steps. In
-# training in 16 bits it has an eighth of all, and takes less memory than a scan still.
-LEAST = 16
-PIECES = 16
+# Steps of a copied piece, where there are that many: at least so many, or so manyth of
+# all, of copied inputs twice that; and as many as have planes of so many bytes. By
+# estimate, not measured, its launches (3, of copied inputs 5, in training 7) then take
+# no more time than its steps. In training in 16 bits it has an eighth of all, and takes
+# less memory than a scan still. Of inputs that are copied though hs is not, no more are
+# copied at once either.
+LEAST = 8
+PIECES = 32
 PROJECTED = 256 << 10
 TRAINED = 8
 
@@ -69,7 +73,7 @@ class Cut(NamedTuple):
     apart: int
     within: bool
 
-    def to_project(self, start: int = 0) -> Int[Array, "3"]:
+    def to_project(self, start: Int[Array, ""] | int = 0) -> Int[Array, "3"]:
         """Returns what `project` is told, whose inputs begin with step `start`."""
         first = self.projected - start
         return jnp.array([first, self.apart, self.plane], jnp.int32)
@@ -90,7 +94,7 @@ def in_eights(rows: int) -> int:
 
 
 def held_rows(steps: int, given: tuple[int, int], plan: Plan) -> int:
-    """Returns M: B, but where a tile, its copies or `project` need rows filled up.
+    """Returns M: B, but where a tile or `project` needs rows filled up.
 
     Args:
       steps: T.
@@ -101,13 +105,22 @@ def held_rows(steps: int, given: tuple[int, int], plan: Plan) -> int:
     >>> held_rows(244, (100, 128), single), held_rows(244, (1, 128), single)
     (100, 8)
     """
-    rows, hidden = given
+    rows, _ = given
     fits = rows >= plan.rows or (rows == 1 and plan.kernel in ("grid", "step"))
-    if rows % EIGHT:
-        fits &= plan.size(hidden) == hidden and steps >= in_eights(rows)
-        # TMA, by which `single` writes hs, wants the rows of all steps in whole eights.
-        fits &= plan.kernel != "single" or steps * rows % EIGHT == 0
-    return rows if fits else up(rows, plan.rows)
+    return rows if fits and steps >= in_eights(rows) else up(rows, plan.rows)
+
+
+def in_place(steps: int, given: tuple[int, int], held: int, plan: Plan) -> bool:
+    """Says whether hs of all steps is as the kernel writes it.
+
+    TMA, by which `single` does, wants the rows of all steps in whole eights.
+
+    >>> single = Plan("single", rows=8, stages=4)
+    >>> in_place(244, (100, 128), 100, single), in_place(243, (101, 128), 101, single)
+    (True, False)
+    """
+    fits = plan.kernel != "single" or steps * held % EIGHT == 0
+    return fits and given == (held, plan.size(given[1]))
 
 
 def last_steps(steps: int, rows: int, size: int, itemsize: int) -> int:
@@ -130,18 +143,27 @@ def last_steps(steps: int, rows: int, size: int, itemsize: int) -> int:
     return max(1, last // multiple) * multiple
 
 
-def cuts(steps: int, last: int, multiple: int, *, reverse: bool) -> list[Cut]:
+def cuts(
+    steps: int, last: int, multiple: int, *, reverse: bool, most: int | None = None
+) -> list[Cut]:
     """Cuts time into pieces, in the order in which they run.
 
     What `project` runs over is `last` steps at least, and a `multiple`. So for the last
     piece, which may have fewer, some steps before it are projected again.
+
+    Args:
+      steps: T.
+      last: From `last_steps`.
+      multiple: From `in_eights`.
+      reverse: The last steps come first.
+      most: Steps of a piece; None for as many as fit.
 
     >>> [(cut.first, cut.count, cut.plane) for cut in cuts(27, 4, 1, reverse=False)]
     [(0, 5, 5), (5, 4, 9), (9, 4, 0), (13, 4, 0), (17, 4, 0), (21, 4, 0), (25, 2, 0)]
     """
     found, left = [], steps
     while left:
-        fits = left // 5 // multiple * multiple
+        fits = min(left // 5, most or steps) // multiple * multiple
         within = fits >= last
         count = fits if within else min(left, last)
         left -= count
@@ -163,7 +185,7 @@ def in_pieces(
     resets: Shaped[Array, "T N"] | Shaped[Array, "0 0"],
     hidden: int,
     *,
-    held: int,
+    plan: Plan,
     reverse: bool,
 ) -> tuple[Array, Array, Array]:
     """Projects and runs piece by piece, the state going from one to the next.
@@ -178,7 +200,7 @@ def in_pieces(
       lengths: 0 to T.
       resets: Of all steps, or empty.
       hidden: H.
-      held: M, from `held_rows`.
+      plan: Of the kernel.
       reverse: The last steps come first.
 
     Returns:
@@ -186,6 +208,8 @@ def in_pieces(
     """
     steps, batch, _ = inputs.shape
     size, dtype = h.shape[1], h.dtype
+    held = held_rows(steps, (batch, hidden), plan)
+    copied, multiple = copies(inputs, held), in_eights(held)
 
     def nothing(steps: int) -> Any:
         return compat.in_place(lax.empty((steps * held, size), dtype))
@@ -193,11 +217,11 @@ def in_pieces(
     def values(hs: Any) -> Array:
         return jax.freeze(hs).reshape(-1, held, size)
 
-    if (held, size) == (batch, hidden):
+    if in_place(steps, (batch, hidden), held, plan):
         last = last_steps(steps, held, size, dtype.itemsize)
         hs, apart = nothing(steps), nothing(4 * last)
-        found = cuts(steps, last, in_eights(held), reverse=reverse)
-        copied = copies(inputs, held)
+        most = max(last, up(steps // PIECES, multiple)) if copied else None
+        found = cuts(steps, last, multiple, reverse=reverse, most=most)
         most = max(cut.apart for cut in found) if copied else steps
         for cut in found:
             start = min(cut.projected, steps - most)
@@ -211,65 +235,90 @@ def in_pieces(
         return values(hs), c, h
 
     def filled_up(sequences: Any, state: Any, *masks: Array) -> Any:
-        some, numbers = sequences
-        count = len(numbers)
-        hs, planes = nothing(count), nothing(4 * count)
-        cut = Cut(0, count, 0, 0, count, within=False)
-        now = cut.to_project()
-        if copies(inputs, held):  # as `project` would of all of them
-            project(some, planes, now, count)
+        (numbers,) = sequences
+        count, apart = len(numbers), up(len(numbers), multiple)
+        # The last piece may project some steps before it again, as in `cuts`.
+        cut = Cut(0, count, 0, count - apart, apart, within=False)
+        now, some = cut.to_project(-numbers[0]), inputs
+        if copied:  # as `project` would of all of them
+            some = lax.dynamic_slice_in_dim(inputs, now[0], apart)
+            now = now.at[0].set(0)
+        planes = nothing(4 * apart)
+        project(some, planes, now, apart)
+        if held % plan.rows:  # two tiles have some rows both
+            piece = Piece(nothing(apart), planes, cut.to_run(), count, held)
         else:
-            project(inputs, planes, now.at[0].set(numbers[0]), count)
-        state = run(Piece(hs, planes, cut.to_run(), count, held), *state, *masks)
-        return (values(hs)[:, :batch, :hidden],), state
+            piece = Piece(planes, None, cut.to_run(), count, held)
+        state = run(piece, *state, *masks)
+        return (values(piece.hs)[:count, :batch, :hidden],), state
 
     (hs,), (c_last, h_last) = in_copies(
         filled_up,
-        (inputs, jnp.arange(steps, dtype=jnp.int32)),
+        (jnp.arange(steps, dtype=jnp.int32),),
         (c, h),
         lengths,
         resets,
         results=[jax.ShapeDtypeStruct((steps, batch, hidden), dtype)],
         size=piece_steps(
-            steps, (batch, hidden), (held, size), dtype.itemsize, keep=False
+            steps,
+            (2 if copied else 1) * shortest(steps),
+            4 * held * size * dtype.itemsize,
+            multiple,
         ),
         reverse=reverse,
     )
     return hs, c_last, h_last
 
 
-def piece_steps(
-    steps: int,
-    given: tuple[int, ...],
-    filled: tuple[int, ...],
-    itemsize: int,
-    *,
-    keep: bool,
-) -> int:
+def shortest(steps: int) -> int:
+    """Returns the least steps of a piece whose inputs are not copied.
+
+    >>> shortest(64), shortest(244)
+    (2, 8)
+    """
+    return min(LEAST, -(-steps // PIECES))
+
+
+def piece_steps(steps: int, least: int, projected: int, multiple: int = 1) -> int:
     """Returns the steps of a copied piece; all have as many, but for the last.
 
-    Nothing is cut where N and P are B and H; nor in training in 16 bits where they are
-    less than twice as much: it then takes less memory than a scan, whose steps leave
-    float32, and at once it has fewer launches.
+    Args:
+      steps: T, at least `multiple`.
+      least: Steps that it has, where there are that many.
+      projected: Bytes of what is projected for a step.
+      multiple: Of which the steps are one.
+
+    >>> piece_steps(244, 16, 1 << 20), piece_steps(243, 8, 1 << 20, 8)
+    (17, 8)
+    """
+    least = -(-max(LAST, least, PROJECTED // projected) // multiple)
+    whole = -(-steps // multiple)
+    found = -(-whole // max(1, whole // least))
+    return min(found, steps // multiple) * multiple
+
+
+def trained_steps(
+    steps: int, given: tuple[int, ...], filled: tuple[int, ...], itemsize: int
+) -> int:
+    """Returns the steps of a copied piece of training.
+
+    Nothing is cut where N and P are B and H, nor in 16 bits where they are less than
+    twice as much: it then takes less memory than a scan, whose steps leave float32, and
+    at once it has fewer launches.
 
     Args:
       steps: T.
       given: B and H.
-      filled: N and P; of inference M and P.
+      filled: N and P.
       itemsize: Bytes of the computation dtype.
-      keep: For training.
 
-    >>> piece_steps(2048, (1, 1024), (8, 1024), 2, keep=True)
+    >>> trained_steps(2048, (1, 1024), (8, 1024), 2)
     256
-    >>> piece_steps(2048, (5, 1024), (8, 1024), 2, keep=True)
+    >>> trained_steps(2048, (5, 1024), (8, 1024), 2)
     2048
     """
-    rows, size = filled
-    whole = keep and rows * size * itemsize < 4 * math.prod(given)
-    if whole or given == filled:
+    projected = 4 * math.prod(filled) * itemsize
+    if given == filled or projected < 16 * math.prod(given):
         return steps
-    least = min(LEAST, -(-steps // PIECES))
-    if keep and itemsize == 2:
-        least = -(-steps // TRAINED)
-    least = max(LAST, least, PROJECTED // (rows * 4 * size * itemsize))
-    return -(-steps // max(1, steps // least))
+    least = -(-steps // TRAINED) if itemsize == 2 else 2 * shortest(steps)
+    return piece_steps(steps, least, projected)
