@@ -24,7 +24,7 @@ def check_params(params: LSTMParams) -> None:
             "flax_lstm.scan_cell, with the cell."
         )
     for name, value in zip(LSTMParams._fields, params, strict=True):
-        check_floating(f"params.{name}", jnp.result_type(value))
+        check_floating(f"params.{name}", dtype_of(f"params.{name}", value))
     kernel, recurrent, bias = (jnp.shape(p) for p in params)
     hidden = recurrent[0] if recurrent else 0
     want = (len(kernel) == 2 and kernel[1] == 4 * hidden, bias == (4 * hidden,))
@@ -33,6 +33,15 @@ def check_params(params: LSTMParams) -> None:
             "params must be kernel [I, 4H], recurrent_kernel [H, 4H] and bias [4H]; "
             f"got kernel {kernel}, recurrent_kernel {recurrent}, bias {bias}."
         )
+
+
+def dtype_of(name: str, value: Any) -> Any:
+    """Returns an array's dtype; raises TypeError for what is none."""
+    if not hasattr(value, "dtype"):
+        raise TypeError(
+            f"{name} must be a JAX or NumPy array; got {type(value).__name__}."
+        )
+    return value.dtype
 
 
 def check_floating(name: str, dtype: Any) -> None:
@@ -51,14 +60,25 @@ def check_pair(name: str, state: Any) -> None:
         )
 
 
-def check_state(state: Any, shape: tuple[int, ...]) -> None:
-    """Raises unless the state is a pair whose c and h have the shape `[*B, H]`."""
-    check_pair("state", state)
-    for name, value in zip(("c", "h"), state, strict=True):
-        if jnp.shape(value) != shape:
+def check_state(name: str, state: Any, shape: tuple[int, ...]) -> None:
+    """Raises unless the state is a pair of floating arrays `[*B, H]`, c and h."""
+    check_pair(name, state)
+    for part, value in zip(("c", "h"), state, strict=True):
+        check_floating(f"{name}.{part}", dtype_of(f"{name}.{part}", value))
+        if value.shape != shape:
             raise ValueError(
-                f"state.{name} must be [*batch, hidden] = {shape} to match inputs and "
-                f"params; got {jnp.shape(value)}."
+                f"{name}.{part} must be [*batch, hidden] = {shape} to match inputs and "
+                f"params; got {value.shape}."
+            )
+
+
+def check_switches(**given: Any) -> None:
+    """Raises TypeError for what is neither True nor False."""
+    for name, value in given.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(
+                f"{name} must be True or False, known when the call is traced; got "
+                f"{type(value).__name__}."
             )
 
 
@@ -97,7 +117,7 @@ def check_masks(lengths: Any, resets: Any, shape: tuple[int, ...]) -> None:
     """
     check_arrays(lengths=lengths, resets=resets)
     if lengths is not None:
-        check_lengths(lengths, shape)
+        check_lengths("lengths", lengths, shape)
     if resets is not None:
         if resets.dtype != jnp.bool_:
             raise TypeError(f"resets must be booleans; got {resets.dtype}.")
@@ -108,13 +128,13 @@ def check_masks(lengths: Any, resets: Any, shape: tuple[int, ...]) -> None:
             )
 
 
-def check_lengths(lengths: Given, shape: tuple[int, ...]) -> None:
-    """Raises unless lengths are as `check_masks` says."""
+def check_lengths(name: str, lengths: Given, shape: tuple[int, ...]) -> None:
+    """Raises unless lengths, called `name`, are as `check_masks` says."""
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"lengths must be integers; got {lengths.dtype}.")
+        raise TypeError(f"{name} must be integers; got {lengths.dtype}.")
     if lengths.shape != shape[1:]:
         raise ValueError(
-            f"lengths must be [*batch] = {shape[1:]} to match inputs; "
+            f"{name} must be [*batch] = {shape[1:]} to match inputs; "
             f"got {lengths.shape}."
         )
     if isinstance(lengths, Tracer):
@@ -122,6 +142,6 @@ def check_lengths(lengths: Given, shape: tuple[int, ...]) -> None:
     values = np.asarray(lengths)
     if values.size and not (values.min() >= 0 and values.max() <= shape[0]):
         raise ValueError(
-            f"lengths must be within 0 … {shape[0]}, the number of steps; "
+            f"{name} must be within 0 … {shape[0]}, the number of steps; "
             f"got values from {values.min()} to {values.max()}."
         )

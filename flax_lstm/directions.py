@@ -113,5 +113,5 @@ def backward_resets(
     """
     resets = jnp.asarray(resets)
     if lengths is not None:
-        resets = resets & live_steps(len(resets), lengths)
+        resets = resets & live_steps(resets.shape[0], lengths)
     return jnp.concatenate([resets[1:], jnp.zeros_like(resets[:1])])

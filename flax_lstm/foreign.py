@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from flax_lstm import lowering, statement
 from flax_lstm.cell import LSTMParams, LSTMState
-from flax_lstm.loop import vary_with
+from flax_lstm.loop import live_steps, select, vary_with
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -79,6 +79,11 @@ def recurrence_jvp(reverse: bool, target: Any, primals: Any, tangents: Any) -> A
     """Returns the results and their tangents, linear in the tangents given."""
     params, inputs, state, lengths, resets = primals
     hs, c, h, gates, before = bind_forward(reverse, target, *primals, keep=True)
+    if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+        # What is kept has any bits past the lengths, and where only the call is jitted,
+        # not its derivative, is a result, which is then looked at.
+        live = live_steps(hs.shape[0], lengths)
+        gates, before = (select(live, kept, 0) for kept in (gates, before))
 
     def given(tangent: Any) -> Any:
         if type(tangent) is not SymbolicZero:
@@ -120,11 +125,12 @@ def primitive(
         return jax.jvp(plain(**options), tuple(primals), tangents)
 
     def batch(args, axes, **options):
-        if rows is not None and not any(
+        weights = rows is None or any(
             axis is not None
             for axis, row in zip(axes, rows[0], strict=True)
             if row is None
-        ):
+        )
+        if not weights and mapped(args, axes):
             return folded(partial(made.bind, **options), args, axes, *rows), rows[1]
         outs = jax.vmap(plain(**options), axes)(*args)
         return outs, [0] * len(outs)
@@ -160,13 +166,15 @@ def like_in_mesh(aval: Any, out: Any) -> ShapedArray:
     )
 
 
+def mapped(args: Any, axes: Any) -> int:
+    """Returns the size of the mapped axis."""
+    pairs = zip(args, axes, strict=True)
+    return next(arg.shape[axis] for arg, axis in pairs if axis is not None)
+
+
 def folded(call: Callable, args: Any, axes: Any, args_rows: Any, outs_rows: Any):
     """Joins the mapped axis with the rows for one call, and parts the results."""
-    many = next(
-        arg.shape[axis]
-        for arg, axis in zip(args, axes, strict=True)
-        if axis is not None
-    )
+    many = mapped(args, axes)
 
     def join(arg: Any, axis: Any, rows: int | None) -> Any:
         if rows is None or (axis is None and not arg.size):

@@ -25,7 +25,7 @@ from flax_lstm.cell import (
     state_dtype,
     zero_state,
 )
-from flax_lstm.checks import check_floating, check_pair
+from flax_lstm.checks import check_floating, check_lengths, check_state
 from flax_lstm.choice import Implementation
 from flax_lstm.config import ModelConfig
 from flax_lstm.directions import Merge, backward_resets, merge_function
@@ -50,7 +50,8 @@ class Activations:
     @property
     def standard(self) -> bool:
         """Whether these are the logistic sigmoid and tanh, which kernels know."""
-        return self.gate_fn is jax.nn.sigmoid and self.activation_fn is jnp.tanh
+        both = same(self.gate_fn, jax.nn.sigmoid), same(self.activation_fn, jnp.tanh)
+        return all(both)
 
     def __call__(
         self, params: LSTMParams, state: LSTMState, x: Array
@@ -62,6 +63,18 @@ class Activations:
         c = c + self.gate_fn(i) * self.activation_fn(g)
         h = (self.gate_fn(o) * self.activation_fn(c)).astype(x.dtype)
         return LSTMState(c, h), h
+
+
+def same(function: Activation, known: Any) -> bool:
+    """Says whether a function is a jitted one of JAX, or a deep copy of it.
+
+    A copy is another object; what they have in common is the function within, which
+    that of a copy does not tell but as what it would be pickled with.
+    """
+    if function is known or type(function) is not type(known):
+        return function is known
+    state: Any = function.__getstate__()
+    return isinstance(state, dict) and state.get("fun") is known.__wrapped__
 
 
 def step(
@@ -119,13 +132,18 @@ def as_array(given: Any) -> Any:
     return jnp.asarray(given)
 
 
-def check_call(inputs: Any, resets: Any, time_major: bool, *, input_size: int) -> None:
-    """Raises ValueError where a shape does not fit, in the axes of the caller."""
+def check_call(
+    inputs: Any, resets: Any, time_major: bool, *, input_size: int | None = None
+) -> None:
+    """Raises ValueError where a shape does not fit, in the axes of the caller.
+
+    Without `input_size` any will do.
+    """
     axes = "[time, *batch" if time_major else "[*batch, time"
-    if inputs.ndim < 2 or inputs.shape[-1] != input_size:
+    wanted = "features" if input_size is None else input_size
+    if inputs.ndim < 2 or input_size not in (None, inputs.shape[-1]):
         raise ValueError(
-            f"inputs must be {axes}, {input_size}] to match the layer; "
-            f"got {inputs.shape}."
+            f"inputs must be {axes}, {wanted}] to match the layer; got {inputs.shape}."
         )
     if resets is not None and resets.shape != inputs.shape[:-1]:
         raise ValueError(
@@ -159,10 +177,13 @@ def run_layer(
     inputs = jnp.asarray(inputs)
     lengths, resets = as_array(seq_lengths), as_array(resets)
     check_call(inputs, resets, time_major, input_size=params.kernel.shape[0])
-    check_pair("initial_carry", carry)
     if not time_major:
         inputs = jnp.moveaxis(inputs, -2, 0)
         resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
+    hidden = params.recurrent_kernel.shape[0]
+    check_state("initial_carry", carry, (*inputs.shape[1:-1], hidden))
+    if lengths is not None:
+        check_lengths("seq_lengths", lengths, inputs.shape[:-1])
     dtype = jnp.dtype(dtype or jnp.result_type(inputs, params.kernel))
     c, h = carry
     state = LSTMState(c.astype(state_dtype(dtype)), h.astype(dtype))
@@ -207,6 +228,8 @@ def run_both(
     Resets mark the first steps of episodes: nothing crosses them in either direction.
     """
     from_behind = resets = as_array(resets)
+    inputs = jnp.asarray(inputs)
+    check_call(inputs, resets, time_major)
     if resets is not None:
         marks = resets if time_major else jnp.moveaxis(resets, -1, 0)
         from_behind = backward_resets(marks, as_array(options["seq_lengths"]))
@@ -240,6 +263,7 @@ def run_stack(
     inputs: Any,
     carries: Any,
     *,
+    input_size: int | None = None,
     rate: float,
     key: Array | None,
     variational: bool,
@@ -257,6 +281,7 @@ def run_stack(
       layers: Modules with the call signature of `LSTM`.
       inputs: `[*B, T, I]`, or `[T, *B, I]` where time_major.
       carries: One carry for each layer; all initial when None.
+      input_size: I, where the layers know it; else that of the inputs.
       rate: Dropout rate of the outputs of every layer.
       key: Key of the masks, or one for each row; None for no dropout.
       variational: One mask per sequence in place of one per step.
@@ -272,7 +297,8 @@ def run_stack(
       `(carries, outputs)`, a tuple with one carry per layer.
 
     Raises:
-      ValueError: If the number of carries is not that of the layers.
+      ValueError: If the number of carries is not that of the layers, or a shape does
+        not fit.
     """
     if carries is None:
         carries = (None,) * len(layers)
@@ -285,6 +311,7 @@ def run_stack(
         )
     values = jnp.asarray(inputs)
     lengths, resets = as_array(seq_lengths), as_array(resets)
+    check_call(values, resets, time_major, input_size=input_size)
     if not time_major:
         values = jnp.moveaxis(values, -2, 0)
         resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
@@ -307,7 +334,7 @@ def run_stack(
             outputs = dropout(outputs, layer_key, rate, variational=variational)
         if residual and outputs.shape == values.shape:
             if lengths is not None:
-                live = live_steps(len(values), lengths)
+                live = live_steps(values.shape[0], lengths)
                 values = select(live, values, 0)
             outputs = outputs + values.astype(outputs.dtype)
         values = outputs

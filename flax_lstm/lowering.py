@@ -30,7 +30,7 @@ from jax.experimental import io_callback
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flax_lstm.loop import live_steps, select
 from flax_lstm.statement import previous
@@ -290,10 +290,15 @@ def over_devices(call: Callable, arrays_rows: Any, outs_rows: Any) -> Callable:
             results = closed_p.bind(*arrays, call=call)
             if axes is None:
                 return tuple(results)
-            return tuple(
-                lax.psum(result, axes) if row is None else result
-                for result, row in zip(results, outs_rows, strict=True)
-            )
+            # What is here is a device's own, whatever the mesh around: of explicit axes
+            # JAX would shard the sum, inside of which XLA takes no shardings.
+            manual = {name: AxisType.Manual for name in mesh.axis_names}
+            within = mesh.abstract_mesh.update_axis_types(manual)
+            with jax.sharding.use_abstract_mesh(within):
+                return tuple(
+                    lax.psum(result, axes) if row is None else result
+                    for result, row in zip(results, outs_rows, strict=True)
+                )
 
         return mesh, local, places(outs, outs_rows), places(arrays, arrays_rows)
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from flax_lstm import cudnn, foreign
 from flax_lstm.cell import LSTMParams, LSTMState, lstm_cell
-from flax_lstm.checks import check_arrays, check_masks
+from flax_lstm.checks import check_arrays, check_masks, check_switches
 from flax_lstm.derivative import Options, recurrence
 from flax_lstm.loop import (
     Given,
@@ -68,13 +68,15 @@ def scan_cell(
       `(final_state, outputs)`, outputs a pytree of arrays `[T, *B, ...]` as y is.
 
     Raises:
-      TypeError: If lengths are not integers, resets not booleans.
+      TypeError: If lengths are not integers, resets not booleans, `reverse` or
+        `keep_order` neither True nor False.
       ValueError: If their shapes do not fit, a concrete length is outside 0 … T, or
         `remat` is below 1.
       NotImplementedError: With `remat`, where time is symbolic.
     """
     inputs = jax.tree.map(jnp.asarray, inputs)
     check_arrays(lengths=lengths, resets=resets)
+    check_switches(reverse=reverse, keep_order=keep_order)
     axes = 0 if resets is None else resets.ndim
     axes = axes if lengths is None else 1 + lengths.ndim
     for shape in {leaf.shape[:axes] for leaf in jax.tree.leaves(inputs)}:

@@ -33,6 +33,7 @@ from flax_lstm.checks import (
     check_params,
     check_sequence,
     check_state,
+    check_switches,
 )
 from flax_lstm.choice import (
     Explanation,
@@ -108,13 +109,14 @@ def lstm(
       `(final_state, outputs)`, outputs `[T, *B, H]` in the computation dtype.
 
     Raises:
-      TypeError: If weights, inputs or `dtype` are not floating, lengths not integers,
-        resets not booleans.
+      TypeError: If weights, inputs, state or `dtype` are not floating, lengths not
+        integers, resets not booleans, `reverse` or `keep_order` neither True nor False.
       ValueError: If a shape does not fit, a concrete length is outside 0 … T, `remat`
         is below 1, or `implementation` is no name of one.
       NotImplementedError: If the implementation asked for cannot run, or with `remat`
         where time is symbolic.
     """
+    check_switches(reverse=reverse, keep_order=keep_order)
     call = prepared(params, inputs, state, lengths, resets, dtype)
     over_time = OVER_TIME[choose(implementation, Request(*call, resets is not None))]
     if over_time is lstm_by_kernel:
@@ -263,7 +265,7 @@ def prepared(
     shape = (*inputs.shape[1:-1], params.recurrent_kernel.shape[0])
     if state is None:
         state = zero_state(shape[:-1], shape[-1], dtype)
-    check_state(state, shape)
+    check_state("state", state, shape)
     c, h = state
     state = LSTMState(c.astype(state_dtype(dtype)), h.astype(dtype))
     inputs = jnp.asarray(inputs, dtype)

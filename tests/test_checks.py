@@ -73,6 +73,31 @@ WRONG = {
         {"state": fl.LSTMState(jnp.zeros((4, 5)), jnp.zeros((5, 4)))},
         r"state.h must be \[\*batch, hidden\] = \(4, 5\) .*got \(5, 4\)",
     ),
+    "state type": (
+        TypeError,
+        {"state": ([[0.0] * 5] * 4, jnp.zeros((4, 5)))},
+        "state.c must be a JAX or NumPy array; got list",
+    ),
+    "state dtype": (
+        TypeError,
+        {"state": (jnp.zeros((4, 5)), jnp.zeros((4, 5), jnp.complex64))},
+        "state.h must be floating; got complex64",
+    ),
+    "reverse": (
+        TypeError,
+        {"reverse": "yes"},
+        "reverse must be True or False, known when .*; got str",
+    ),
+    "keep_order": (
+        TypeError,
+        {"keep_order": jnp.array(True)},
+        "keep_order must be True or False, known when .*; got ArrayImpl",
+    ),
+    "params type": (
+        TypeError,
+        {"params": fl.LSTMParams(jnp.zeros((3, 20)), [[0.0] * 20] * 5, jnp.zeros(20))},
+        "params.recurrent_kernel must be a JAX or NumPy array; got list",
+    ),
     "params transposed": (
         ValueError,
         {"params": fl.LSTMParams(*(jnp.zeros(s) for s in ((20, 3), (20, 5), (20,))))},

@@ -225,6 +225,19 @@ def test_a_vmap_that_leaves_the_weights_alone_is_one_larger_batch(resets):
 
 
 @needs_kernel
+def test_a_vmap_over_nothing_has_nothing():
+    params, x, _, _ = inputs_of((4, 6, 3, 5), lengths=False, resets=False)
+    nothing = jnp.zeros((0, *x.shape))
+
+    def run(x):
+        return lstm(params, x, implementation="cpu")[1]
+
+    assert jax.vmap(run)(nothing).shape == (0, *run(x).shape)
+    d_x = jax.vmap(jax.grad(lambda x: jnp.sum(run(x))))(nothing)
+    assert d_x.shape == nothing.shape
+
+
+@needs_kernel
 def test_gradients_of_what_is_not_asked_for_are_not_computed():
     params, x, _, _ = inputs_of(SHAPES["odd"], lengths=False, resets=False)
 

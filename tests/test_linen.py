@@ -4,6 +4,7 @@ Tolerances: Flax sums the input and the recurrent product in another order, so f
 results differ by a few roundings (2^-24 = 6e-8) of values near 1, once per step.
 """
 
+import copy
 from functools import partial
 
 import jax
@@ -243,6 +244,20 @@ def test_other_activations_equal_flax_and_refuse_kernels():
         linen.LSTM(H, implementation="xla", **functions).apply(variables, x)
 
 
+def test_a_deep_copy_runs_what_the_module_does():
+    """Also of functions that were given, though a copy of them is another object."""
+    x, functions = inputs(B, T, D), {"gate_fn": nn.sigmoid, "activation_fn": nn.tanh}
+    module = linen.LSTM(H, implementation="xla", **functions)
+    variables = module.init(jax.random.key(0), x)
+    copied = copy.deepcopy(module)
+    assert copied.gate_fn is not module.gate_fn
+    got, want = (layer.apply(variables, x) for layer in (copied, module))
+    np.testing.assert_array_equal(got, want)
+    others = copy.deepcopy(module.clone(activation_fn=nn.relu))
+    with pytest.raises(NotImplementedError, match="sigmoid and tanh only"):
+        others.apply(variables, x)
+
+
 def test_random_initial_carry_comes_from_init_key():
     x = inputs(B, T, D)
     init = nn.initializers.normal(1.0)
@@ -289,6 +304,19 @@ def test_partitioned_initialisers_keep_their_names():
     [
         (linen.LSTM(H), {"resets": np.zeros((T, B), bool)}, r"time\] = \(3, 5\)"),
         (linen.LSTM(H), {"seq_lengths": np.array([9, 1, 1])}, "within 0 … 5"),
+        (linen.LSTM(H), {"seq_lengths": np.ones(2, int)}, r"seq_lengths .* = \(3,\)"),
+        (
+            linen.LSTM(H),
+            {"initial_carry": (np.zeros((B, H)), np.zeros((H, B)))},
+            r"initial_carry.h must be .* = \(3, 6\) .*got \(6, 3\)",
+        ),
+        (
+            linen.StackedLSTM((H,)),
+            {"resets": np.zeros((T, B), bool)},
+            r"time\] = \(3, 5\) .*got \(5, 3\)",
+        ),
+        (linen.StackedLSTM((H,)), {"resets": True}, r"time\] = \(3, 5\) .*got \(\)"),
+        (linen.BidirectionalLSTM(H), {"resets": True}, r"time\] = \(3, 5\) .*got \(\)"),
         (linen.LSTM(H), {"initial_carry": np.zeros((B, H))}, r"another pair \(c, h\)"),
         (
             linen.StackedLSTM((H,)),
@@ -318,6 +346,33 @@ def test_padding_does_not_pass_by_residual_layers():
     got, want = (stack.apply(variables, x, seq_lengths=LENGTHS) for x in (dead, x))
     np.testing.assert_array_equal(got, want)
     assert (np.asarray(got)[~LIVE] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        linen.StackedLSTM((D, D), residual=True),
+        linen.StackedLSTM((H,), bidirectional=True),
+    ],
+    ids=["residual", "bidirectional"],
+)
+@pytest.mark.usefixtures("as_installed")  # a symbolic size is no int
+def test_stacks_are_exported_with_any_batch_and_time(stack):
+    x, resets = inputs(B, T, D), np.zeros((B, T), bool)
+    variables = stack.init(jax.random.key(0), x)
+
+    def run(x, lengths, resets):
+        return stack.apply(variables, x, seq_lengths=lengths, resets=resets)
+
+    time, batch = jax.export.symbolic_shape("t, b")
+    shapes = (
+        jax.ShapeDtypeStruct((batch, time, D), x.dtype),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+        jax.ShapeDtypeStruct((batch, time), bool),
+    )
+    call = jax.export.export(jax.jit(run))(*shapes).call
+    given = x, LENGTHS.astype(jnp.int32), resets
+    np.testing.assert_allclose(call(*given), run(*given), **CLOSE)
 
 
 @pytest.mark.parametrize("module", [linen.BidirectionalLSTM, linen.StackedLSTM])

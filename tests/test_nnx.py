@@ -4,6 +4,7 @@ Tolerances: Flax sums the input and the recurrent product in another order, so f
 results differ by a few roundings (2^-24 = 6e-8) of values near 1, once per step.
 """
 
+import copy
 import dataclasses
 
 import jax
@@ -161,6 +162,19 @@ def test_initial_carry_is_zero_or_drawn():
     assert 0.3 < float(jnp.std(drawn.c)) < 3  # 18 standard normal values
     with pytest.raises(ValueError, match="rngs must be given to draw a carry"):
         cell.initialize_carry((B, D), carry_init=flax_nnx.initializers.normal(1.0))
+
+
+def test_a_deep_copy_runs_what_the_module_does():
+    """As a target network is made; "xla" knows no other functions."""
+    module = nnx.LSTM(D, H, implementation="xla", rngs=flax_nnx.Rngs(0))
+    copied, x = copy.deepcopy(module), inputs(B, T, D)
+    np.testing.assert_array_equal(copied(x), module(x))
+
+
+def test_inputs_of_another_size_are_told_in_the_axes_of_the_call():
+    stack = nnx.StackedLSTM(D, (H,), rngs=flax_nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"\[\*batch, time, 4\] .*got \(3, 5, 5\)"):
+        stack(inputs(B, T, D + 1))
 
 
 def test_an_order_that_both_directions_do_not_have_is_refused():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flax_lstm as fl
+from flax_lstm import foreign
 from flax_lstm.loop import flip
 
 NAMES = ("kernel", "recurrent_kernel", "bias", "inputs", "c", "h")
@@ -409,6 +410,39 @@ def test_tools_that_look_for_errors_find_none(small, implementation):
         )
 
 
+def test_what_is_kept_past_the_lengths_is_no_error_where_the_call_alone_is_jitted(
+    small, monkeypatch
+):
+    """It is then a result of the jitted function, in whose bits there may be NaN."""
+    params, xs, _, _ = small
+    lengths, bind = jnp.array([6, 2, 5, 0]), foreign.bind_forward
+    found = []
+
+    def with_nan(*arguments, keep):
+        hs, c, h, gates, before = bind(*arguments, keep=keep)
+        found.append(keep)
+        if keep:
+            live = (jnp.arange(6)[:, None] < lengths[None])[..., None]
+            gates, before = (jnp.where(live, kept, jnp.nan) for kept in (gates, before))
+        return hs, c, h, gates, before
+
+    monkeypatch.setattr(foreign, "bind_forward", with_nan)
+
+    def gradient():
+        @jax.jit
+        def loss(params):
+            return jnp.sum(fl.lstm(params, xs, lengths=lengths)[1] ** 2)
+
+        return jax.grad(loss)(params)
+
+    want = gradient()
+    if not found:
+        pytest.skip("no kernel for this machine")
+    with jax.debug_nans(True):
+        got = gradient()
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nothing_is_promoted_unasked(small, wide, dtype):
@@ -426,9 +460,13 @@ def test_nothing_is_promoted_unasked(small, wide, dtype):
                 fl.lstm(params, xs, implementation=implementation, **options)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("implementation", ["scan", "xla", None])
-def test_rows_may_be_spread_over_a_mesh_of_explicit_axes(implementation):
-    """Where the type of an array says how it is spread, a loop must not change it."""
+def test_rows_may_be_spread_over_a_mesh_of_explicit_axes(implementation, reverse):
+    """Where the type of an array says how it is spread, a loop must not change it.
+
+    In reverse the outputs are put into their order by `take_along_axis`.
+    """
     params = fl.init_lstm_params(jax.random.key(0), 3, 4)
     xs = jax.random.normal(jax.random.key(1), (6, 8, 3))
     lengths = jnp.array([6, 5, 0, 3, 1, 2, 6, 4])
@@ -436,7 +474,7 @@ def test_rows_may_be_spread_over_a_mesh_of_explicit_axes(implementation):
     def run(params, xs, lengths):
         def loss(params):
             options = {"lengths": lengths, "implementation": implementation}
-            return jnp.sum(fl.lstm(params, xs, **options)[1] ** 2)
+            return jnp.sum(fl.lstm(params, xs, reverse=reverse, **options)[1] ** 2)
 
         return jax.value_and_grad(loss)(params)
 

@@ -119,6 +119,7 @@ class StackedLSTM(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        self.in_features = in_features
         self.features = tuple(features)
         self.dropout = dropout
         self.variational = variational
@@ -191,6 +192,7 @@ class StackedLSTM(nnx.Module):
             [getattr(self, f"layer_{n}") for n in range(len(self.features))],
             inputs,
             initial_carry,
+            input_size=self.in_features,
             rate=self.dropout,
             key=key,
             variational=self.variational,
