@@ -233,8 +233,13 @@ def choose(asked: Any, request: Request) -> Implementation:
     """
     explanation = explained(asked, request)
     if explanation.implementation is None:
+        able = (
+            f'"{name}"'
+            for name, reason in explanation.reasons.items()
+            if reason.startswith("could run")
+        )
         raise NotImplementedError(
             f'implementation="{asked}" cannot run: {explanation.reasons[asked]}; '
-            'use "xla", "scan" or None.'
+            f"use {', '.join(able)} or None."
         )
     return explanation.implementation

@@ -79,7 +79,7 @@ def recurrence_jvp(reverse: bool, target: Any, primals: Any, tangents: Any) -> A
     """Returns the results and their tangents, linear in the tangents given."""
     params, inputs, state, lengths, resets = primals
     hs, c, h, gates, before = bind_forward(reverse, target, *primals, keep=True)
-    if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+    if jax.debug_nans.value or jax.debug_infs.value:
         # What is kept has any bits past the lengths, and where only the call is jitted,
         # not its derivative, is a result, which is then looked at.
         live = live_steps(hs.shape[0], lengths)
@@ -125,12 +125,15 @@ def primitive(
         return jax.jvp(plain(**options), tuple(primals), tangents)
 
     def batch(args, axes, **options):
-        weights = rows is None or any(
-            axis is not None
-            for axis, row in zip(axes, rows[0], strict=True)
-            if row is None
-        )
-        if not weights and mapped(args, axes):
+        if (
+            rows is not None
+            and mapped(args, axes)
+            and not any(
+                axis is not None
+                for axis, row in zip(axes, rows[0], strict=True)
+                if row is None
+            )
+        ):
             return folded(partial(made.bind, **options), args, axes, *rows), rows[1]
         outs = jax.vmap(plain(**options), axes)(*args)
         return outs, [0] * len(outs)

@@ -182,7 +182,7 @@ def _train(
         with distributed.together(), files.reading(folder):
             recorded = {}
             if resume and (folder / files.SUMMARY).exists():
-                recorded = files.read_json(folder / files.SUMMARY)
+                recorded = recorded_summary(folder)
                 check_same_data(recorded["data"], corpus.summary, folder)
             resume = resume and _has_begun(folder, checkpoints)
             cast_dtype = cast_dtype or recorded.get("cast_dtype", False)
@@ -339,6 +339,20 @@ def _finished(
 
 class ResumeWarning(UserWarning):
     """A run is resumed from its beginning."""
+
+
+def recorded_summary(folder: Path) -> dict[str, Any]:
+    """Reads a run's summary.
+
+    Raises:
+      UserError: If it cannot be read; says that one can do without it.
+    """
+    try:
+        return files.read_json(folder / files.SUMMARY)
+    except UserError as error:
+        raise UserError(
+            f"{error} Restore it, or remove it: a run that goes on writes it anew."
+        ) from error
 
 
 def _has_begun(folder: Path, checkpoints: Checkpoints) -> bool:

@@ -246,7 +246,6 @@ def check_settings(config: Config) -> None:
         "training.learning_rate": training.learning_rate,
         "training.weight_decay": training.weight_decay,
         "training.epsilon": training.epsilon,
-        "training.clip_norm": training.clip_norm or 0.0,
         "training.save_minutes": training.save_minutes or 0.0,
         "model.embedding_scale": model.embedding_scale,
     }
@@ -258,6 +257,12 @@ def check_settings(config: Config) -> None:
         for name, value in values.items():
             if not fits(value):
                 raise UserError(f"setting {name} must be {words}; got {value!r}.")
+    clip = training.clip_norm
+    if clip is not None and not 0 < clip < math.inf:
+        raise UserError(
+            "setting training.clip_norm must be a number above 0, or None for no "
+            f"clipping; got {clip!r}."
+        )
     if not math.isfinite(model.forget_bias):
         raise UserError(
             f"setting model.forget_bias must be finite; got {model.forget_bias!r}."

@@ -34,6 +34,10 @@ SUMMARISED = {"tokenizer", "label_names", "data", "result"}
 """What is needed of the summary of a run."""
 
 
+class TrainingDataWarning(UserWarning):
+    """A run is evaluated on all of what it was trained on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """What a run makes of one text.
@@ -152,28 +156,44 @@ class Run:
 
         return scores
 
-    def evaluate(self, source: str | DataConfig = "test") -> dict[str, float]:
+    def evaluate(
+        self, source: str | DataConfig = "test", moved_to: str | None = None
+    ) -> dict[str, float]:
         """Evaluates on data read again, each row counted once.
 
         Args:
           source: A part of the run's own data, "train", "validation" or "test", read
             from where it was and required to be what it was; or other data, all of
             it, with the run's own tokenizer.
+          moved_to: Where the run's own data now lies, if elsewhere.
 
         Returns:
           `loss`, `accuracy`, `count`, and the confusion counts.
 
         Raises:
           UserError: If the data is gone, has changed, or has no rows.
+
+        Warns:
+          TrainingDataWarning: If other data is what the run was trained on.
         """
+        summary = files.read_json(self.folder / files.SUMMARY)
         if isinstance(source, DataConfig):
             source = with_absolute_paths(Config(data=source).checked()).data
-            examples, _, _ = data.load_all(source, self.tokenizer, self.label_names)
+            examples, _, found = data.load_all(source, self.tokenizer, self.label_names)
+            if found["source"]["sha256"] == summary["data"]["source"]["sha256"]:
+                warnings.warn(
+                    f"{source.data} is the data that the run in {self.folder} was "
+                    "trained on, and all of it counts here; its own test part is what "
+                    "--part test takes of it.",
+                    TrainingDataWarning,
+                    stacklevel=2,
+                )
         else:
-            corpus = data.load(
-                self.config.data, self.config.training.seed, self.tokenizer
-            )
-            summary = files.read_json(self.folder / files.SUMMARY)
+            own = self.config
+            if moved_to is not None:
+                moved = dataclasses.replace(own.data, data=moved_to)
+                own = with_absolute_paths(dataclasses.replace(own, data=moved))
+            corpus = data.load(own.data, own.training.seed, self.tokenizer)
             check_same_data(summary["data"], corpus.summary, self.folder)
             if source not in corpus.parts:
                 raise UserError(

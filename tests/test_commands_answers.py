@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from command_lines import error_of, program
 
@@ -79,9 +80,38 @@ def test_a_text_that_begins_with_a_dash_is_to_follow_two(capsys, demo_folder, co
         assert text.strip("-").split()[0] in capsys.readouterr().out
 
 
-def test_a_part_is_of_the_runs_own_data(capsys, demo_folder):
+def test_a_part_is_of_the_runs_own_data(capsys, demo_folder, tmp_path):
+    """Also where that lies elsewhere now; all of it is told of, with a warning."""
     argv = ["evaluate", str(demo_folder), "--part", "train", "--data", "demo"]
-    assert "--part train is of the run's own data" in error_of(capsys, *argv)
+    assert "has its own columns" in error_of(capsys, *argv, "--text-column", "text")
+    other = tmp_path / "other.csv"
+    other.write_text("text,label\n" + "lovely,positive\nawful,negative\n" * 30)
+    argv[-1] = str(other)
+    assert "the data has changed since the run" in error_of(capsys, *argv)
+
+
+def test_the_parts_of_data_that_has_moved_are_those_it_had(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [f"{' '.join(rng.choice(list('abcdefgh'), 5))},{n % 2}" for n in range(60)]
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    old.write_text("text,label\n" + "\n".join(rows) + "\n")
+    out = tmp_path / "run"
+    argv = ["train", "--data", str(old), "--features", "4", "--embedding-size", "4"]
+    argv += ["--epochs", "1", "--min-count", "1", "--quiet", "--out", str(out)]
+    assert cli.main(argv) == 0
+    capsys.readouterr()
+
+    def answer(*argv):
+        assert cli.main(["evaluate", str(out), *argv]) == 0
+        return capsys.readouterr()
+
+    want = answer("--part", "validation").out
+    old.rename(new)
+    moved = answer("--part", "validation", "--data", str(new))
+    assert (moved.out, moved.err) == (want, "")
+    everything = answer("--data", str(new))
+    assert "count 60" in " ".join(everything.out.split())
+    assert "was trained on, and all of it counts" in everything.err
 
 
 def test_text_output_is_one_line_a_text(capsys, demo_folder):

@@ -236,6 +236,20 @@ def test_resuming_a_run_that_is_done_changes_nothing(
     assert got.metrics == result.metrics
 
 
+def test_a_damaged_summary_is_told_and_is_not_needed_to_go_on(
+    trained, source, tmp_path
+):
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    summary = folder / files.SUMMARY
+    want = json.loads(summary.read_text())["data"]
+    summary.write_text(summary.read_text()[:20])
+    with pytest.raises(UserError, match=r"cannot read .*summary.json .* or remove it"):
+        run.train(make_config(source), folder, resume=True)
+    summary.unlink()
+    run.train(make_config(source), folder, resume=True)
+    assert json.loads(summary.read_text())["data"] == want
+
+
 def contents(folder):
     return {
         p: (p.stat().st_mtime_ns, p.read_bytes())

@@ -31,6 +31,7 @@ def test_resuming_with_other_settings_names_them(trained, source, changes, words
         ({"features": ()}, "model.features must be at least 1; got 0"),
         ({"dropout": 1.0}, "model.dropout must be at least 0 and below 1; got 1.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be .* got nan"),
+        ({"clip_norm": 0.0}, "clip_norm must be a number above 0, or None .* got 0.0"),
         ({"dtype": "float64"}, "JAX_ENABLE_X64"),
         ({"forget_bias": float("nan")}, "model.forget_bias must be finite; got nan"),
         ({"seed": -1}, "training.seed must be .* at most 4294967295; got -1"),

@@ -14,6 +14,7 @@ from small_runs import TUTORIAL, make_config
 from flax_lstm import run
 from flax_lstm.checkpoint import CheckpointWarning
 from flax_lstm.config import DataConfig, UserError
+from flax_lstm.trained import TrainingDataWarning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -67,7 +68,8 @@ def test_resuming_on_changed_data_is_refused(source, tmp_path):
         result.evaluate()
     assert result.predict(["a lovely film"])[0].tokens == ["a", "lovely", "film"]
     # Other data, all of it, is a matter of naming it.
-    assert result.evaluate(DataConfig(data=str(source)))["count"] == 80
+    with pytest.warns(TrainingDataWarning, match="all of it counts here"):
+        assert result.evaluate(DataConfig(data=str(source)))["count"] == 80
 
 
 def test_other_data_is_given_by_settings_of_their_types(as_installed, trained, source):

@@ -1,6 +1,7 @@
 """What `flax-lstm bench` does, from its options to files and tables."""
 
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def bench(options: BenchOptions, screen: Console) -> None:
         for table in catalogue_tables(list(SHAPES.values()), list(found.values())):
             screen.print(table)
         return None
+    check_empty(options.out)
     names = options.implementations
     if options.smoke and not names:
         names = catalogue.SMOKE
@@ -59,6 +61,26 @@ def chosen(option: str, names: Sequence[str], known: Mapping[str, T]) -> list[T]
     return [known[name] for name in names or known]
 
 
+def check_empty(folder: Path | None) -> None:
+    """Raises UserError where a folder has results, which a run would write over."""
+    for name in ("results.json", "results.csv"):
+        if folder is not None and (folder / name).exists():
+            raise UserError(
+                f"--out {folder} holds {name}, which would be written over; give "
+                "another folder. Nothing was changed."
+            )
+
+
+def check_numbers(options: BenchOptions) -> None:
+    """Raises UserError for numbers that no race can have."""
+    for name, least in (("rounds", 1), ("budget_s", 0), ("pause_s", 0), ("seed", 0)):
+        value = getattr(options, name)
+        if not least <= value < math.inf:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be at least {least}; got {value}."
+            )
+
+
 def race(
     options: BenchOptions, shapes: Sequence, contenders: Sequence, screen: Console
 ) -> None:
@@ -77,8 +99,7 @@ def race(
 
     modes = chosen("modes", options.modes, {name: name for name in MODES})
     dtypes = chosen("dtypes", options.dtypes, {name: name for name in ITEMSIZE})
-    if options.rounds < 1:
-        raise UserError(f"--rounds must be at least 1; got {options.rounds}.")
+    check_numbers(options)
     missing = {one.name: reason for one in contenders if (reason := one.missing())}
     if len(missing) == len(contenders):
         reasons = "; ".join(f"{name}: {why}" for name, why in missing.items())

@@ -24,20 +24,21 @@ def evaluate(command: Evaluate) -> None:
     columns = (command.text_column, command.label_column)
     if command.data is None and columns != (None, None):
         raise UserError("--text-column and --label-column are for --data.")
-    if command.data is not None and command.part != "test":
+    if command.part is not None and columns != (None, None):
         raise UserError(
-            f"--part {command.part} is of the run's own data; leave it out, or --data."
+            "the run's own data, of which --part is, has its own columns; leave "
+            "--text-column and --label-column out."
         )
     run = _load(command.run)
-    if command.data is None:
-        source = command.part
+    if command.data is None or command.part is not None:
+        metrics = run.evaluate(command.part or "test", command.data)
     else:
-        source = DataConfig(
+        other = DataConfig(
             data=command.data,
             text_column=command.text_column,
             label_column=command.label_column,
         )
-    metrics = run.evaluate(source)
+        metrics = run.evaluate(other)
     if command.format == "json":
         print(json.dumps(metrics, allow_nan=False))
     else:

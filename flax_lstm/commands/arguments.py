@@ -76,8 +76,9 @@ class Evaluate(Common):
 
     run: RunFolder
     """Run folder."""
-    part: Literal["train", "validation", "test"] = "test"
-    """Part of the run's own data."""
+    part: Literal["train", "validation", "test"] | None = None
+    """Part of the run's own data; test when neither this nor --data is given. With
+    --data, that is where it now lies."""
     data: str | None = None
     """Other data instead, as for train: its test part, or else all of it."""
     text_column: str | None = None

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -76,6 +77,13 @@ def test_a_run_differs_in_nothing_from_itself(smoke):
     assert "slower" not in output
 
 
+def test_results_that_are_there_are_not_written_over(tmp_path):
+    (tmp_path / "results.csv").write_text("precious")
+    with pytest.raises(UserError, match=r"holds results.csv, .* Nothing was changed"):
+        bench(smoke=True, out=tmp_path)
+    assert (tmp_path / "results.csv").read_text() == "precious"
+
+
 def test_the_catalogue_runs_nothing():
     output = bench(catalogue=True)
     assert "tutorial-40-1" in output
@@ -97,6 +105,9 @@ def test_the_catalogue_runs_nothing():
         ({"modes": ("backward",)}, "--modes: there is no backward; expected any of"),
         ({"dtypes": ("int8",)}, "--dtypes: there is no int8; expected any of float32"),
         ({"rounds": 0}, "--rounds must be at least 1; got 0"),
+        ({"pause_s": math.nan}, "--pause-s must be at least 0; got nan"),
+        ({"budget_s": -1.0}, "--budget-s must be at least 0; got -1.0"),
+        ({"seed": -1}, "--seed must be at least 0; got -1"),
         (
             {"shapes": ("step-256",), "modes": ("gradient",)},
             "none of the shapes chosen is timed in it",

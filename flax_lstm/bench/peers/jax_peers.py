@@ -13,7 +13,6 @@ import numpy as np
 
 from flax_lstm import convert
 from flax_lstm.bench.peers.base import (
-    INSTALL,
     Implementation,
     OnJax,
     Prepared,
@@ -180,7 +179,7 @@ def missing_cudnn() -> str | None:
         return None
     return (
         f'needs a CUDA device; the default backend is "{jax.default_backend()}" '
-        f"(on a machine that has one: {INSTALL.replace('bench', 'cuda')})"
+        "(on a machine that has one: pip install 'jax[cuda13]')"
     )
 
 
