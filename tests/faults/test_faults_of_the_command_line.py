@@ -59,7 +59,10 @@ def done(trained) -> str:
         (["train", "--epochs"], "Missing value for argument '--epochs'"),
         (["train", "--epochs", "many"], "Error parsing --epochs"),
         (["train", "--preset", "best"], "invalid choice 'best'"),
-        (["evaluate", "run", "--part", "all"], "Expected one of ('train',"),
+        (
+            ["evaluate", "run", "--part", "all"],
+            "invalid choice 'all' for argument '--part'",
+        ),
         (["predict"], "RUN"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
