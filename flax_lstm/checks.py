@@ -117,7 +117,7 @@ def check_masks(lengths: Any, resets: Any, shape: tuple[int, ...]) -> None:
     """
     check_arrays(lengths=lengths, resets=resets)
     if lengths is not None:
-        check_lengths("lengths", lengths, shape)
+        check_lengths(lengths, shape)
     if resets is not None:
         if resets.dtype != jnp.bool_:
             raise TypeError(f"resets must be booleans; got {resets.dtype}.")
@@ -128,13 +128,13 @@ def check_masks(lengths: Any, resets: Any, shape: tuple[int, ...]) -> None:
             )
 
 
-def check_lengths(name: str, lengths: Given, shape: tuple[int, ...]) -> None:
-    """Raises unless lengths, called `name`, are as `check_masks` says."""
+def check_lengths(lengths: Given, shape: tuple[int, ...]) -> None:
+    """Raises unless lengths are as `check_masks` says."""
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers; got {lengths.dtype}.")
+        raise TypeError(f"lengths must be integers; got {lengths.dtype}.")
     if lengths.shape != shape[1:]:
         raise ValueError(
-            f"{name} must be [*batch] = {shape[1:]} to match inputs; "
+            f"lengths must be [*batch] = {shape[1:]} to match inputs; "
             f"got {lengths.shape}."
         )
     if isinstance(lengths, Tracer):
@@ -142,6 +142,6 @@ def check_lengths(name: str, lengths: Given, shape: tuple[int, ...]) -> None:
     values = np.asarray(lengths)
     if values.size and not (values.min() >= 0 and values.max() <= shape[0]):
         raise ValueError(
-            f"{name} must be within 0 … {shape[0]}, the number of steps; "
+            f"lengths must be within 0 … {shape[0]}, the number of steps; "
             f"got values from {values.min()} to {values.max()}."
         )

@@ -192,7 +192,8 @@ def load_all(
       label_names: Those of the run; the source must use the same labels.
 
     Returns:
-      The rows, their texts, and their counts. No row is dropped.
+      The rows, their texts, and their counts, with `part` None where they are all that
+      the source has. No row is dropped.
 
     Raises:
       UserError: If the source cannot be read or has other labels.
@@ -209,6 +210,7 @@ def load_all(
     unknown = {"test": tokenizer.count_unknown(examples.tokens)}
     summary = {
         "source": {"description": source.description, "sha256": source.sha256},
+        "part": "test" if "test" in source.parts else None,
         **_counts({"test": examples}, {"test": texts}, unknown, label_names),
         "truncated": {"test": cut},
     }

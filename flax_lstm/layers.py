@@ -25,7 +25,7 @@ from flax_lstm.cell import (
     state_dtype,
     zero_state,
 )
-from flax_lstm.checks import check_floating, check_lengths, check_state
+from flax_lstm.checks import check_floating, check_state
 from flax_lstm.choice import Implementation
 from flax_lstm.config import ModelConfig
 from flax_lstm.directions import Merge, backward_resets, merge_function
@@ -182,8 +182,6 @@ def run_layer(
         resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
     hidden = params.recurrent_kernel.shape[0]
     check_state("initial_carry", carry, (*inputs.shape[1:-1], hidden))
-    if lengths is not None:
-        check_lengths("seq_lengths", lengths, inputs.shape[:-1])
     dtype = jnp.dtype(dtype or jnp.result_type(inputs, params.kernel))
     c, h = carry
     state = LSTMState(c.astype(state_dtype(dtype)), h.astype(dtype))

@@ -165,22 +165,29 @@ class Run:
           source: A part of the run's own data, "train", "validation" or "test", read
             from where it was and required to be what it was; or other data, all of
             it, with the run's own tokenizer.
-          moved_to: Where the run's own data now lies, if elsewhere.
+          moved_to: Where the run's own data now lies, if elsewhere; for a part of it.
 
         Returns:
           `loss`, `accuracy`, `count`, and the confusion counts.
 
         Raises:
-          UserError: If the data is gone, has changed, or has no rows.
+          UserError: If the data is gone, has changed, or has no rows, or other data is
+            given with `moved_to`.
 
         Warns:
           TrainingDataWarning: If other data is what the run was trained on.
         """
         summary = files.read_json(self.folder / files.SUMMARY)
         if isinstance(source, DataConfig):
+            if moved_to is not None:
+                raise UserError(
+                    f"moved_to={moved_to!r} is for a part of the run's own data; got "
+                    f"other data, {source.data!r}."
+                )
             source = with_absolute_paths(Config(data=source).checked()).data
             examples, _, found = data.load_all(source, self.tokenizer, self.label_names)
-            if found["source"]["sha256"] == summary["data"]["source"]["sha256"]:
+            own = summary["data"]["source"]["sha256"]
+            if found["part"] is None and found["source"]["sha256"] == own:
                 warnings.warn(
                     f"{source.data} is the data that the run in {self.folder} was "
                     "trained on, and all of it counts here; its own test part is what "

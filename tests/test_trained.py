@@ -70,6 +70,8 @@ def test_resuming_on_changed_data_is_refused(source, tmp_path):
     # Other data, all of it, is a matter of naming it.
     with pytest.warns(TrainingDataWarning, match="all of it counts here"):
         assert result.evaluate(DataConfig(data=str(source)))["count"] == 80
+    with pytest.raises(UserError, match=r"moved_to='a.csv' is for a part"):
+        result.evaluate(DataConfig(data=str(source)), "a.csv")
 
 
 def test_other_data_is_given_by_settings_of_their_types(as_installed, trained, source):
