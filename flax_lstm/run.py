@@ -38,6 +38,7 @@ from flax_lstm.progress import Progress
 from flax_lstm.settings import (
     check_checkpoint,
     check_implementation,
+    check_places,
     check_same_config,
     check_same_data,
     check_settings,
@@ -140,12 +141,11 @@ def train(
         with files.writing_together(folder), memory_errors(config):
             with distributed.together():
                 if resume:
+                    recorded = recorded_config(folder)
                     check_same_config(
-                        recorded_config(folder).to_dict(),
-                        config,
-                        f"the run in {folder}",
-                        cast_dtype,
+                        recorded.to_dict(), config, f"the run in {folder}", cast_dtype
                     )
+                    check_places(recorded, config, folder)
                 elif files.holds_run(folder):
                     raise UserError(
                         f"{folder} already holds a run; continue it with --resume, or "

@@ -34,6 +34,32 @@ def recorded_config(folder: str | Path) -> Config:
     return Config.load(folder / files.CONFIG)
 
 
+def check_place(place: str | None, what: str, remedy: str) -> None:
+    """Raises UserError where a file or folder that a run read is no longer there.
+
+    Args:
+      place: As `with_absolute_paths` records it; None where there is none.
+      what: Was read from there, for the message.
+      remedy: What to do, likewise.
+    """
+    path = Path(place or "").expanduser()
+    with contextlib.suppress(PermissionError):  # of which what reads it tells
+        if path.is_absolute() and not path.exists():  # the Hub's names are not absolute
+            raise UserError(f"{what} is no longer at {place}; {remedy}.")
+
+
+def check_places(recorded: Config, asked: Config, folder: Path) -> None:
+    """Raises UserError where data is to be read again from where it no longer is."""
+    for name in PLACES:
+        place = getattr(recorded.data, name)
+        if place == getattr(asked.data, name):  # not given anew
+            check_place(
+                place,
+                f"the {name.replace('_', ' ')} of the run in {folder}",
+                f"put it back, or give its new place by --{name.replace('_', '-')}",
+            )
+
+
 def with_absolute_paths(config: Config) -> Config:
     """Makes local data paths absolute, so that the run's record names them."""
     paths = {

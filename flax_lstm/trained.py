@@ -24,6 +24,7 @@ from flax_lstm.history import History
 from flax_lstm.model_state import classifier, initial_carry, restore, state_template
 from flax_lstm.settings import (
     check_checkpoint,
+    check_place,
     check_same_data,
     recorded_config,
     with_absolute_paths,
@@ -197,7 +198,14 @@ class Run:
                 )
         else:
             own = self.config
-            if moved_to is not None:
+            if moved_to is None:
+                check_place(
+                    own.data.data,
+                    f"the data of the run in {self.folder}",
+                    "put it back, or give its new place by --data beside "
+                    f"--part {source}",
+                )
+            else:
                 moved = dataclasses.replace(own.data, data=moved_to)
                 own = with_absolute_paths(dataclasses.replace(own, data=moved))
             corpus = data.load(own.data, own.training.seed, self.tokenizer)

@@ -109,6 +109,34 @@ def test_a_run_on_texts_of_ones_own_is_not_told_how_to_give_them(
     assert "FILE.csv" not in out
 
 
+def test_a_finished_run_whose_data_has_moved_is_shown_as_the_message_says(
+    capsys, source, tmp_path
+):
+    old, new = (tmp_path / name for name in ("old.csv", "new.csv"))
+    old_test, new_test = (tmp_path / name for name in ("old-test.csv", "new-test.csv"))
+    shutil.copy(source, old)
+    old_test.write_text("text,label\na lovely film,good\n")
+    folder = str(tmp_path / "run")
+    argv = ["train", "--data", str(old), "--test-data", str(old_test), *SMALL]
+    assert cli.main([*argv, "--out", folder]) == 0
+    accuracy = re.search("Test Accuracy: .*", capsys.readouterr().out)
+    assert accuracy
+    old.rename(new)
+    old_test.rename(new_test)
+    argv = ["train", "--resume", "--out", folder]
+    for flag, what, gone, there in (
+        ("--data", "data", old, new),
+        ("--test-data", "test data", old_test, new_test),
+    ):
+        assert error_of(capsys, *argv) == (
+            f"flax-lstm: the {what} of the run in {folder} is no longer at {gone}; "
+            f"put it back, or give its new place by {flag}.\n"
+        )
+        argv += [flag, str(there)]
+    assert cli.main(argv) == 0
+    assert accuracy[0] in capsys.readouterr().out
+
+
 def test_quiet_resuming_takes_the_recorded_settings_and_more_epochs(
     capsys, demo_folder, tmp_path
 ):
