@@ -6,6 +6,7 @@ where it was.
 
 import dataclasses
 import functools
+import shlex
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,6 +38,10 @@ SUMMARISED = {"tokenizer", "label_names", "data", "result"}
 
 class TrainingDataWarning(UserWarning):
     """A run is evaluated on all of what it was trained on."""
+
+
+class UnfinishedRunWarning(UserWarning):
+    """A run is used that was not trained to its end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Run:
         Warns:
           CheckpointWarning: If a checkpoint is damaged, or the one restored is not the
             one that was tested.
+          UnfinishedRunWarning: If the run was not trained to its end.
         """
         if not isinstance(folder, str | Path) or folder == "":
             raise UserError(f"Run.load takes the folder of a run; got {folder!r:.80}.")
@@ -128,6 +134,15 @@ class Run:
             history = History.read(folder / files.METRICS, meta)
         result = summary["result"] or {}
         epoch = meta["progress"]["epoch"]
+        if not _is_done(result, config):
+            warnings.warn(
+                f"the run in {folder} was stopped before it was done, or still trains; "
+                f"its checkpoint after epoch {epoch} of {config.training.epochs} is "
+                f"used. `flax-lstm train --resume --out {shlex.quote(str(folder))}` "
+                "goes on.",
+                UnfinishedRunWarning,
+                stacklevel=2,
+            )
         if (tested := result.get("tested_epoch", epoch)) != epoch:
             warnings.warn(
                 f"the checkpoint of epoch {epoch} of {folder} is used, not that of "
@@ -301,3 +316,9 @@ class Run:
     def _assemble(self, examples: Any, rows: Any, length: int, size: int) -> data.Batch:
         left = self.config.data.pipeline == "tutorial"
         return assemble(examples, rows, length, size, left=left)
+
+
+def _is_done(result: dict[str, Any], config: Config) -> bool:
+    """Says whether a result is that of all epochs; a run may have gone on since."""
+    done = result.get("epochs_done", 0) >= config.training.epochs
+    return done or result.get("stopped_early", False)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from command_lines import error_of, program
+from small_runs import make_config
 
 from flax_lstm import cli, run
 
@@ -112,6 +113,48 @@ def test_the_parts_of_data_that_has_moved_are_those_it_had(capsys, tmp_path):
     everything = answer("--data", str(new))
     assert "count 60" in " ".join(everything.out.split())
     assert "was trained on, and all of it counts" in everything.err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "trace"])
+def test_a_run_that_was_stopped_answers_and_that_is_told(
+    capsys, source, tmp_path, command
+):
+    """Before it ever had a result, and when it went on after one."""
+    folder = tmp_path / "ma course"
+    argv = [command, str(folder), *(["a film"] if command != "evaluate" else [])]
+
+    def train_and_stop(epochs, **how):
+        stop = run.Stop()
+
+        def after_an_epoch(event):
+            if isinstance(event, run.EpochDone):
+                stop.ask(15)
+
+        config = make_config(source, epochs=epochs, test_with="last")
+        with pytest.raises(run.Stopped):
+            run.train(config, folder, on_event=after_an_epoch, stop=stop, **how)
+
+    def answer():
+        assert cli.main(argv) == 0
+        out, err = capsys.readouterr()
+        assert out
+        return err.splitlines()
+
+    def told(after, epochs):
+        return (
+            f"flax-lstm: warning: the run in {folder} was stopped before it was done, "
+            f"or still trains; its checkpoint after epoch {after} of {epochs} is "
+            f"used. `flax-lstm train --resume --out '{folder}'` goes on."
+        )
+
+    train_and_stop(3)
+    assert answer() == [told(1, 3)]
+    run.train(make_config(source, epochs=3, test_with="last"), folder, resume=True)
+    assert answer() == []
+    train_and_stop(5, resume=True)
+    first, second = answer()
+    assert first == told(4, 5)
+    assert "is used, not that of epoch 3, which was tested" in second
 
 
 def test_text_output_is_one_line_a_text(capsys, demo_folder):
