@@ -5,9 +5,9 @@
 Writes `results/accuracy.csv`.
 """
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
 from measured import write_rows
@@ -52,11 +52,13 @@ def row_of(folder: Path) -> dict:
     }
 
 
-def main(folders: list[str]) -> None:
-    if not folders:
-        raise SystemExit(__doc__)
-    write_rows(RESULTS, [row_of(Path(folder)) for folder in folders])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folder of a run"
+    )
+    write_rows(RESULTS, [row_of(folder) for folder in parser.parse_args().runs])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

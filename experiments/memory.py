@@ -16,6 +16,7 @@ what a kernel allocates: scratch memory, results, and the inputs.
 Writes results/memory.csv.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -68,8 +69,11 @@ def measure(shape: tuple[int, ...]) -> dict[str, float]:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:  # the process of one shape
-        print(json.dumps(measure(tuple(json.loads(sys.argv[1])))))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:  # the process of one shape
+        print(json.dumps(measure(tuple(asked.one))))
         return
     common = provenance()
     rows = []
@@ -81,7 +85,7 @@ def main() -> None:
         }
         for name, shape in variants.items():
             done = subprocess.run(
-                [sys.executable, __file__, json.dumps(shape)],
+                [sys.executable, __file__, "--one", json.dumps(shape)],
                 check=True,
                 capture_output=True,
                 text=True,

@@ -7,9 +7,9 @@ published one, and a row `test` for each finished run. Prints the widest gap of 
 1 to 10, the bar of which is 0.02.
 """
 
+import argparse
 import csv
 import json
-import sys
 from pathlib import Path
 
 # Validation accuracy by epoch, and the test accuracy after 50 epochs, printed by the
@@ -85,12 +85,14 @@ def rows_of(folder: Path) -> list[dict]:
     return rows
 
 
-def main(folders: list[str]) -> None:
-    if not folders:
-        raise SystemExit(__doc__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folder of a run"
+    )
     rows = []
-    for folder in folders:
-        new = rows_of(Path(folder))
+    for folder in parser.parse_args().runs:
+        new = rows_of(folder)
         gaps = [
             float(row["validation_accuracy"]) - PUBLISHED[row["epoch"]]
             for row in new
@@ -105,4 +107,4 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

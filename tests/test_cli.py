@@ -1,13 +1,16 @@
 """The command line: what it parses, and what it says of wrong usage."""
 
+import ast
 import dataclasses
 import itertools
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
+import warm
 from command_lines import error_of, settings
 
 from flax_lstm import cli
@@ -201,6 +204,36 @@ def test_only_the_echoes_of_a_failed_write_are_left_out():
     for error in (RuntimeError("Event loop is closed"), *others):
         hook(types.SimpleNamespace(exc_value=error))
     assert told == others
+
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+SCRIPT = """
+import runpy, sys
+_, sys.path[0], *sys.argv = sys.argv
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        path.name
+        for path in sorted(EXPERIMENTS.glob("*.py"))
+        if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    ],
+)
+def test_a_script_of_the_experiments_says_what_it_does(script, tmp_path):
+    if script == "train_step_cost.py":
+        pytest.importorskip("torch")  # against which it measures
+    path = EXPERIMENTS / script
+    argv = [str(EXPERIMENTS), str(path), "--help"]
+    environment = {**os.environ, "COLUMNS": "100"}
+    child = warm.start(SCRIPT, argv, environment, tmp_path)
+    out, err = child.communicate(timeout=120)
+    assert (child.returncode, err) == (0, "")
+    assert out.startswith(f"usage: {script} [-h]")
+    first = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert first.splitlines()[0] in " ".join(out.split())
 
 
 def test_closed_streams_end_in_no_traceback():
