@@ -90,7 +90,8 @@ def train(
         data lie elsewhere; a schedule is
         then stretched over the new number from where the run goes on. "auto" does so
         where the folder holds a run, and starts one elsewhere. Of a run that has
-        nothing left to do the result is told, and nothing is changed.
+        nothing left to do the result is told, and nothing is changed but a tokenizer
+        that is lost or damaged: it is made again from the data, with a warning.
       cast_dtype: With `resume`: `model.dtype` may be another, and the numbers of the
         checkpoint are converted.
       on_event: Called with each event of `flax_lstm.events`.
@@ -225,7 +226,9 @@ def _train(
         # here on, the same command can be given again.
         if first and finished is None:
             files.write_json(folder / files.CONFIG, config.to_dict())
+        if first and not (resume and _has_tokenizer(folder, tokenizer)):
             corpus.tokenizer.save(folder / files.TOKENIZER)
+        if first and finished is None:
             files.write_json(
                 folder / files.ENVIRONMENT, environment.describe(program.devices)
             )
@@ -338,7 +341,32 @@ def _finished(
 
 
 class ResumeWarning(UserWarning):
-    """A run is resumed from its beginning."""
+    """A run is resumed from its beginning, or what it lacks is written anew."""
+
+
+def _has_tokenizer(folder: Path, fingerprint: str) -> bool:
+    """Says whether the tokenizer of a run that goes on is there.
+
+    Another file in its place is kept under another name.
+
+    Warns:
+      ResumeWarning: If it is not.
+    """
+    path = folder / files.TOKENIZER
+    with contextlib.suppress(UserError):
+        if data.TextTokenizer.load(path).fingerprint() == fingerprint:
+            return True
+    kept = ""
+    if path.exists():
+        aside = path.rename(files.unused(folder, f"{path.stem}-damaged"))
+        kept = f"; what was there is now {aside.name}"
+    warnings.warn(
+        f"{path} is lost, damaged or of another run; it is written anew from the data"
+        f"{kept}.",
+        ResumeWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 def recorded_summary(folder: Path) -> dict[str, Any]:

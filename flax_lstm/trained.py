@@ -113,11 +113,18 @@ class Run:
                 f"{folder / files.SUMMARY} is damaged: it needs "
                 f"{', '.join(sorted(SUMMARISED))}; restore it, or train again."
             )
-        tokenizer = data.TextTokenizer.load(folder / files.TOKENIZER)
+        remedy = (
+            "Restore the file, or let `flax-lstm train --resume --out "
+            f"{shlex.quote(str(folder))}` write it anew from the data."
+        )
+        try:
+            tokenizer = data.TextTokenizer.load(folder / files.TOKENIZER)
+        except UserError as error:
+            raise UserError(f"{error} {remedy}") from error
         if tokenizer.fingerprint() != summary["tokenizer"]:
             raise UserError(
                 f"{folder / files.TOKENIZER} is not the tokenizer this run was trained "
-                "with (its fingerprint is another); restore the file."
+                f"with (its fingerprint is another). {remedy}"
             )
         init, _ = classifier(config.model, tokenizer.vocabulary_size)
         template = state_template(config, init)

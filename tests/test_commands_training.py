@@ -137,6 +137,43 @@ def test_a_finished_run_whose_data_has_moved_is_shown_as_the_message_says(
     assert accuracy[0] in capsys.readouterr().out
 
 
+def cut_off(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def of_another_run(path):
+    path.write_text(path.read_text().replace("lovely", "lovelier"))
+
+
+@pytest.mark.parametrize("damage", [cut_off, of_another_run, os.remove])
+@pytest.mark.parametrize("epochs", [4, 5], ids=["finished", "goes on"])
+def test_a_damaged_tokenizer_is_refused_and_written_anew_as_the_message_says(
+    capsys, trained, tmp_path, damage, epochs
+):
+    folder = shutil.copytree(trained[0].folder, tmp_path / "run")
+    path = folder / "tokenizer.json"
+    whole = path.read_text()
+    damage(path)
+    damaged = path.read_text() if path.exists() else None
+    for argv in (["predict", str(folder), "a film"], ["evaluate", str(folder)]):
+        said = error_of(capsys, *argv)
+        assert path.name in said
+        assert f"let `flax-lstm train --resume --out {folder}` write it anew" in said
+    argv = ["train", "--resume", "--out", str(folder), "--epochs", str(epochs)]
+    assert cli.main(argv) == 0
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(
+        f"flax-lstm: warning: {path} is lost, damaged or of another run; it is written "
+        "anew from the data"
+    )
+    assert path.read_text() == whole
+    kept = [one.read_text() for one in folder.glob("tokenizer-damaged*")]
+    assert kept == ([] if damaged is None else [damaged])
+    assert said.endswith("; what was there is now tokenizer-damaged-1.") == bool(kept)
+    assert cli.main(["predict", str(folder), "a film"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_quiet_resuming_takes_the_recorded_settings_and_more_epochs(
     capsys, demo_folder, tmp_path
 ):
