@@ -10,7 +10,6 @@ terminal hung up; 130 interrupted; 141 nobody reads the output any more; 143 ter
 
 import importlib.metadata
 import io
-import json
 import logging
 import os
 import sys
@@ -43,7 +42,7 @@ from flax_lstm.commands.terminal import (
     say,
     without_echoes,
 )
-from flax_lstm.commands.training import DEMO_TEXTS, train
+from flax_lstm.commands.training import DEMO_TEXTS, print_config, train
 from flax_lstm.commands.usage import check_given_once, check_out, one_line
 from flax_lstm.config import PRESETS, Config, UserError
 from flax_lstm.environment import use_compilation_cache
@@ -199,7 +198,7 @@ def execute(command: Command, started: float | None = None) -> None:
     keep_programs(command)
     match command:
         case Train(print_config=True):
-            print(json.dumps(command.settings.to_dict(), indent=2))
+            print_config(command)
         case Train():
             train(command, started)
         case Evaluate():

@@ -15,6 +15,7 @@ need nothing else, `evaluate` reads the data again from where it was.
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from flax_lstm.epochs import Trainer, goes_on, place_of
 from flax_lstm.events import EpochDone, Event, Finished, RunStarted, StepDone
 from flax_lstm.history import History
 from flax_lstm.host_memory import OutOfMemoryError
-from flax_lstm.mesh import check_mesh, model_over_mesh
+from flax_lstm.mesh import check_mesh, mesh_sizes, model_over_mesh
 from flax_lstm.model_state import classifier, initial_state, restore, state_template
 from flax_lstm.progress import Progress
 from flax_lstm.settings import (
@@ -114,10 +115,7 @@ def train(
     with distributed.watching():
         with distributed.together():
             environment.check_devices()
-            config = config.checked()
-            check_settings(config)
-            check_mesh(config.training.mesh, jax.devices())
-            config = with_absolute_paths(config)
+            config = with_absolute_paths(check_request(config))
             if folder is None:
                 if resume:
                     raise UserError("resume needs the folder of the run to go on with.")
@@ -162,6 +160,29 @@ def train(
                 stop or Stop(),
                 startup,
             )
+
+
+def check_request(config: Config, *, more_to_join: bool = False) -> Config:
+    """Returns a configuration that a run here may have, each setting of its type.
+
+    Args:
+      config: All settings.
+      more_to_join: Other processes are still to come with their devices, of which a
+        mesh may need any number.
+
+    Raises:
+      UserError: If a setting is not one that this machine can train with.
+      NoDeviceError: If a mesh is asked for, and there is no device.
+    """
+    config = config.checked()
+    check_settings(config)
+    mesh = config.training.mesh
+    if more_to_join:
+        mesh_sizes(mesh, sys.maxsize)
+    elif mesh is not None:  # else JAX need not be started for it
+        environment.check_devices()
+        check_mesh(mesh, jax.devices())
+    return config
 
 
 def _train(

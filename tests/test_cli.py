@@ -50,6 +50,32 @@ def test_the_printed_configuration_is_read_back(capsys, tmp_path):
     assert got.model.dropout == 0.25
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--epochs", "-1"],
+        ["--dropout", "1"],
+        ["--features", "1000000000"],
+        ["--mesh", "rows=2"],
+        ["--mesh", "data=1000"],
+        ["--mesh", "rows=2", "--distributed", "auto"],
+    ],
+    ids=" ".join,
+)
+def test_settings_that_training_refuses_are_not_printed(capsys, tmp_path, flags):
+    out = str(tmp_path / "run")
+    alone = flags[:2]  # training would look for the other processes first
+    want = error_of(capsys, "train", "--out", out, *alone)
+    assert cli.main(["train", "--print-config", *flags]) == 2
+    assert capsys.readouterr() == ("", want)
+
+
+def test_a_mesh_of_processes_to_come_is_printed(capsys):
+    argv = ["train", "--print-config", "--mesh", "data=1000", "--distributed", "auto"]
+    assert cli.main(argv) == 0
+    assert '"mesh": "data=1000"' in capsys.readouterr().out
+
+
 def test_every_setting_has_a_flag_and_a_help_text(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert cli.main(["train", "--help"]) == 0

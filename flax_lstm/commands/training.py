@@ -1,6 +1,7 @@
 """`train`: what a person sees of a run, and how it is stopped."""
 
 import contextlib
+import json
 import os
 import shlex
 import sys
@@ -93,6 +94,19 @@ def train(command: Train, started: float | None = None) -> None:
             f"  {name} train --data FILE.csv",
             markup=False,
         )
+
+
+def print_config(command: Train) -> None:
+    """Prints the settings, unless training would refuse them; as `--config` reads them.
+
+    Raises:
+      UserError: If it would.
+    """
+    from flax_lstm.run import check_request
+
+    more = command.distributed != "off"
+    settings = check_request(command.settings, more_to_join=more)
+    print(json.dumps(settings.to_dict(), indent=2))
 
 
 def keep_output_apart() -> None:
