@@ -1,10 +1,14 @@
 """Counts what was done with the kernels, and says so at the end of the tests."""
 
+import importlib
 from collections import Counter
+from pathlib import Path
 
+import jax
 import pytest
 from flax_lstm_kernels.gpu import common
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # A test of a kernel may be marked with what it does: `pytest.mark.kernels("lowered")`.
 WAYS = ("interpreted", "lowered", "compiled")
 
@@ -44,3 +48,17 @@ def pytest_terminal_summary(terminalreporter):
     if done:
         told = ", ".join(f"{done[way]} {way}" for way in WAYS)
         terminalreporter.write_line(f"Tests of kernels that passed: {told}")
+
+
+@pytest.fixture
+def cache(monkeypatch, request):
+    """Returns where the compilers are; skips where the one of the test is not."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    cache = importlib.import_module("compile_kernels").default_cache()
+    target, compiler = (request.getfixturevalue(n) for n in ("target", "compiler"))
+    if not list(cache.glob(f"{compiler}-jax{jax.__version__}-*")):
+        pytest.skip(
+            f"the compiler for {target} is not in {cache}; "
+            "python experiments/compile_kernels.py installs it"
+        )
+    return cache

@@ -65,10 +65,13 @@ class Got(NamedTuple):
 
 
 def run(given, plan, *, reverse, keep=True, interpret=None):
-    """Runs both kernels; in the padding they are given NaN."""
+    """Runs both kernels; in the padding they are given NaN.
+
+    By the interpreter, with its parameters `interpret`, unless that is False.
+    """
     x, *weights, lengths, resets = given.arguments
     dead = (jnp.arange(len(x))[:, None] >= lengths[None, :])[..., None]
-    interpret = interpret or compat.watched()
+    interpret = compat.watched() if interpret is None else interpret
     options = {"reverse": reverse, "plan": plan, "interpret": interpret}
 
     def forward(*arguments):
@@ -79,7 +82,8 @@ def run(given, plan, *, reverse, keep=True, interpret=None):
 
     x = jnp.where(dead, jnp.nan, x)
     values = jax.block_until_ready(jax.jit(forward)(x, *weights, lengths, resets))
-    raced = interpret.detect_races and compat.races_found()
+    watches = bool(interpret) and interpret.detect_races
+    raced = watches and compat.races_found()
     if not keep:
         return Got(values, (), raced)
     d_hs, *d_state = given.d_results
@@ -88,7 +92,7 @@ def run(given, plan, *, reverse, keep=True, interpret=None):
         d_hs, *d_state, *values[3:], weights[1], lengths, resets
     )
     jax.block_until_ready(gradients)
-    raced |= interpret.detect_races and compat.races_found()
+    raced |= watches and compat.races_found()
     return Got(values, gradients, raced)
 
 

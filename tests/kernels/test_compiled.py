@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -61,20 +60,6 @@ for shape, mode, above, *dtype in asked:
     peaks = [plan.peak_memory_in_bytes / 2**20 for plan in plans]
     print("peaks", *peaks, above, *shape, mode, *dtype)
 """
-
-
-@pytest.fixture
-def cache(monkeypatch, request):
-    """Returns where the compilers are; skips where the one of the test is not."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    cache = importlib.import_module("compile_kernels").default_cache()
-    target, compiler = (request.getfixturevalue(n) for n in ("target", "compiler"))
-    if not list(cache.glob(f"{compiler}-jax{jax.__version__}-*")):
-        pytest.skip(
-            f"the compiler for {target} is not in {cache}; "
-            "python experiments/compile_kernels.py installs it"
-        )
-    return cache
 
 
 @pytest.mark.kernels("compiled")

@@ -1,0 +1,1 @@
+"""Runs what the compiler makes of the Hopper kernels, without a GPU."""
