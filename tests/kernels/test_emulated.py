@@ -72,21 +72,24 @@ def test_the_emulator_runs_a_product_that_is_known_to_be_right(run):
     [
         (
             asked("single", "bfloat16", [3, 11, 20, 64], reverse=True),
-            asked("single", "float32", [3, 9, 20, 64], order="any"),
+            asked("single", "float32", [8, 9, 20, 64], order="any"),
         ),
-        (asked("cluster", "bfloat16", [3, 11, 20, 192], order="any", reverse=True),),
-        (asked("grid", "float32", [3, 11, 20, 130]),),
-        (asked("step", "bfloat16", [2, 11, 20, 130], reverse=True),),
+        (asked("cluster", "bfloat16", [8, 9, 20, 192], order="any", reverse=True),),
+        (asked("grid", "float32", [8, 9, 20, 60]),),
+        (asked("step", "bfloat16", [8, 9, 20, 60], reverse=True),),
     ],
     ids=lambda problems: problems[0]["kernel"],
 )
 def test_what_is_compiled_gives_what_numpy_does(run, problems):
-    """Values of training and of inference, and all gradients; NaN in the padding."""
+    """Values of training and of inference, and all gradients; NaN in the padding.
+
+    Of rows that are no whole eights, in which TMA copies; of eight steps they are.
+    """
     assert run(*problems) == [""] * len(problems)
 
 
 def test_what_is_taken_out_is_found(run):
-    missing = ["waits for copies", "waits for products", "waits for stores"]
+    missing = ["waits for copies", "waits for products", "waits for stores", "fences"]
     missing += ["order of operands", "swizzles"]
     problem = "single", "bfloat16", [3, 11, 20, 64]
     assert all(run(*(asked(*problem, without=what) for what in missing)))

@@ -182,7 +182,7 @@ NAN_FILLED = compat.InterpretGPUParams(uninitialized_memory="nan")
     ("kernel", "rows", "held", "reverse", "apart"),
     [
         ("single", 9, 16, False, False),
-        ("single", 11, 11, True, True),
+        ("single", 11, 16, True, True),
         ("cluster", 9, 9, True, False),
         ("cluster", 9, 16, False, False),
         ("grid", 9, 16, False, True),
@@ -246,9 +246,9 @@ PLANS = {
         ("step", 7, 3, 2, 7, False, "float32"),
         ("single", 7, 12, 2, 64, False, "float32"),
         ("step", 7, 10, 2, 64, True, "float32"),
-        # In copies of rows that are not filled up, but by steps projected again.
         ("single", 13, 9, 2, 64, True, "float32"),
         ("single", 13, 9, 35, 64, False, "bfloat16"),
+        # In copies of rows that are not filled up, but by steps projected again.
         ("single", 7, 12, 35, 7, True, "float32"),
         ("cluster", 7, 10, 2, 60, False, "float32"),
         ("step", 13, 1, 35, 7, True, "float32"),
@@ -351,7 +351,7 @@ def test_training_in_copied_pieces_has_the_values_and_gradients_of_numpy(
 @pytest.mark.parametrize(
     ("rows", "size", "hidden", "copied"),
     [
-        (2001, 32, 100, False),
+        (2001, 32, 100, True),
         (2000, 40, 100, False),
         (7, 40, 128, True),
         (16, 31, 100, True),
@@ -404,8 +404,8 @@ def test_few_inputs_are_filled_up_for_a_piece_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("kernel", "steps", "rows", "held"),
     [
-        ("single", 14, 12, 12),
-        ("single", 13, 12, 12),  # TMA would refuse hs of all steps
+        ("single", 14, 16, 16),
+        ("single", 13, 12, 16),  # TMA copies whole eights
         ("cluster", 13, 9, 9),
         ("grid", 13, 9, 9),
         ("grid", 13, 1, 1),

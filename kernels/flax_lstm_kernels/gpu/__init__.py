@@ -124,9 +124,7 @@ def forward(
         held = held_rows(steps, given, plan)
 
         def tiles(array: Array, axis: int = 0) -> Array:
-            if held == rows:
-                return in_tiles(array, axis, plan.rows)
-            return fill(array, axis, filled)
+            return in_tiles(fill(array, axis, held), axis, plan.rows)
 
         @partial(jax.jit, static_argnums=3)
         def to_planes(inputs: Array, planes: Any, now: Array, least: int) -> None:
@@ -155,8 +153,7 @@ def forward(
             plan=plan,
             reverse=reverse,
         )
-        if held == rows:
-            c, h = (from_tiles(array, rows, plan.rows) for array in (c, h))
+        c, h = (from_tiles(array, held, plan.rows) for array in (c, h))
         gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
         before = jnp.zeros((0, 0, hidden), jnp.float32)
         return hs, c[:rows, :hidden], h[:rows, :hidden], gates, before

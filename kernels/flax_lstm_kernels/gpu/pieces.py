@@ -10,13 +10,12 @@ A piece is two launches, `project` and the kernel, and there are few: 17 of 244 
 Which steps they are is an argument, so that all pieces run the same two programs. A
 gate's planes of all steps lie together, as a product of them all would.
 
-Rows of no whole tile are not filled up (`held_rows`). Where units have to be, or rows
-of less than a tile, or `single` cannot write so many rows as all steps have, hs is not
-what the caller gets. Such sequences run in pieces that are alike, in a loop, each with
-planes and hs of its own, which is then copied (`piece_steps`); hs has the place of the
-gate i of its step, where no two tiles share rows. So does training of what has to be
-filled up, forward and backward, whose inputs are copied too. Only a piece is then
-filled up.
+Rows of no whole tile are not filled up, but for `single` to whole eights (`held_rows`).
+Where they are, or units have to be, or rows of less than a tile, hs is not what the
+caller gets. Such sequences run in pieces that are alike, in a loop, each with planes
+and hs of its own, which is then copied (`piece_steps`); hs has the place of the gate i
+of its step, where no two tiles share rows. So does training of what has to be filled
+up, forward and backward, whose inputs are copied too. Only a piece is then filled up.
 
 Axes     T time, B batch, H hidden size; N and P the same in whole tiles of the batch
          and whole groups of units; M rows of planes and hs, B or filled up; S planes.
@@ -94,33 +93,25 @@ def in_eights(rows: int) -> int:
 
 
 def held_rows(steps: int, given: tuple[int, int], plan: Plan) -> int:
-    """Returns M: B, but where a tile or `project` needs rows filled up.
+    """Returns M: B, but where a tile, `single` or `project` needs rows filled up.
+
+    `single` has its copies made by TMA, in tiles of whole eights of rows: one that began
+    in the middle of an eight would end with it.
 
     Args:
       steps: T.
       given: B and H.
       plan: Of the kernel.
 
-    >>> single = Plan("single", rows=8, stages=4)
-    >>> held_rows(244, (100, 128), single), held_rows(244, (1, 128), single)
-    (100, 8)
+    >>> plans = [Plan(kernel, rows=8, stages=4) for kernel in ("single", "grid")]
+    >>> [held_rows(244, (rows, 128), plan) for rows in (100, 1) for plan in plans]
+    [104, 100, 8, 1]
     """
     rows, _ = given
     fits = rows >= plan.rows or (rows == 1 and plan.kernel in ("grid", "step"))
-    return rows if fits and steps >= in_eights(rows) else up(rows, plan.rows)
-
-
-def in_place(steps: int, given: tuple[int, int], held: int, plan: Plan) -> bool:
-    """Says whether hs of all steps is as the kernel writes it.
-
-    TMA, by which `single` does, wants the rows of all steps in whole eights.
-
-    >>> single = Plan("single", rows=8, stages=4)
-    >>> in_place(244, (100, 128), 100, single), in_place(243, (101, 128), 101, single)
-    (True, False)
-    """
-    fits = plan.kernel != "single" or steps * held % EIGHT == 0
-    return fits and given == (held, plan.size(given[1]))
+    whole = rows % EIGHT == 0
+    projects = plan.kernel != "single" and steps >= in_eights(rows)
+    return rows if fits and (whole or projects) else max(plan.rows, up(rows, EIGHT))
 
 
 def last_steps(steps: int, rows: int, size: int, itemsize: int) -> int:
@@ -217,7 +208,7 @@ def in_pieces(
     def values(hs: Any) -> Array:
         return jax.freeze(hs).reshape(-1, held, size)
 
-    if in_place(steps, (batch, hidden), held, plan):
+    if (batch, hidden) == (held, plan.size(hidden)):
         last = last_steps(steps, held, size, dtype.itemsize)
         hs, apart = nothing(steps), nothing(4 * last)
         most = max(last, up(steps // PIECES, multiple)) if copied else None

@@ -49,6 +49,7 @@ from flax_lstm_kernels.gpu.common import (
     tiled,
 )
 from flax_lstm_kernels.gpu.plan import Plan
+from flax_lstm_kernels.gpu.project_operands import EIGHT
 from flax_lstm_kernels.gpu.source import Kind, forward_results, on_source
 
 
@@ -220,8 +221,13 @@ def forward_pass(
     Returns:
       `(hs [T, N, P], c, h, gates [T, N, 4, P], before [T, N, P])`, the gates in the
       place of those given; of a piece `(c, h)`.
+
+    Raises:
+      ValueError: If a piece has rows that are no whole eights, in which TMA would copy.
     """
     kind = Kind.of(source)
+    if kind.held is not None and kind.held % EIGHT:
+        raise ValueError(f"single: rows of a piece come in eights; got {kind.held}")
     (filled, size), dtype = c.shape, weights.dtype
     groups, kept = size // UNITS, kept_dtype(dtype) if kind.keep else dtype
     place = (plan.rows, UNITS)

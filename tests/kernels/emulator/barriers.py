@@ -1,6 +1,7 @@
 """Instructions by which threads wait for each other, or learn of each other.
 
-Fences order what is in order here; `tests/kernels/gpu_order.py` looks after them.
+Of fences, that between stores to shared memory and copies or products that read them is
+looked after. All others order what is in order here.
 """
 
 from typing import Any
@@ -161,6 +162,14 @@ def mbarrier(assembler: Assembler, made: Instruction) -> Run:
     return makers[made.kinds[0]](assembler, made)
 
 
-@instruction("fence", "prefetch", "setmaxnreg")
+@instruction("fence")
+def fence(assembler: Assembler, made: Instruction) -> Run:
+    """Of those of shared memory between proxies: see `Block.fence`."""
+    if made.kinds[0] != "proxy" or "global" in made.kinds:
+        return nothing
+    return lambda warp, chosen: warp.block.fence(warp)
+
+
+@instruction("prefetch", "setmaxnreg")
 def _nothing(assembler: Assembler, made: Instruction) -> Run:
     return nothing

@@ -4,10 +4,9 @@ All else of a program runs on the CPU. Needs the environment of
 `compile_for_hopper.environment`, that is, a process of its own.
 """
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,14 +130,14 @@ class Calls:
         return rule(of_gpu, *arguments, **options)
 
 
-@contextlib.contextmanager
-def emulated(place: Any, dump: Path) -> Iterator[Calls]:
-    """Within it, what is traced runs its GPU kernels by the machine."""
+def emulate(place: Any, dump: Path) -> Calls:
+    """Has what is traced from now on run its GPU kernels by the machine.
+
+    Args:
+      place: Sharding of a device that is not there, for the compiler.
+      dump: Folder in which the compiler lists what it makes.
+    """
     calls = Calls(place, dump)
-    before = mosaic_core._mosaic_gpu_lowering_rule
     mlir.register_lowering(mpmd.mpmd_map_p, calls.kernel_call, platform="cpu")
     mosaic_core._mosaic_gpu_lowering_rule = calls.rule
-    try:
-        yield calls
-    finally:
-        mosaic_core._mosaic_gpu_lowering_rule = before
+    return calls

@@ -109,7 +109,7 @@ class Store(NamedTuple):
         if not self.values:
             width = self.of.itemsize
             words = self.block.space.words(self.of.places(self.start), width, width)
-            self.values.append(self.block.space.views[width][words])
+            self.values.append(self.block.read_beside(words, width))
 
     def put(self) -> None:
         self.take()
@@ -229,7 +229,8 @@ def _between_blocks(assembler: Assembler, made: Instruction) -> Run:
                 raise Fault(f"a copy reaches {peer.place}, which has returned")
             peer.space.words(np.array([at]), 1, size)
             warp.block.space.words(np.array([start]), 1, size)
-            peer.space.data[at : at + size] = warp.block.space.data[start:][:size]
+            read = warp.block.read_beside(start + np.arange(size), 1)
+            peer.space.data[at : at + size] = read
             peer.barrier(place).complete(size)
 
         machine.beside(work)

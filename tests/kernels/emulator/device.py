@@ -85,6 +85,8 @@ class Block:
         self.place, self.rank = place, rank
         size = launch.shared_bytes
         self.space = Space(np.full(size, 0xFF, np.uint8), f"shared memory of {place}")
+        # One more than the warp whose store to a byte no fence has followed yet, or 0.
+        self.unfenced = np.zeros(size, np.uint8)
         self.barriers: dict[int, Barrier] = {}
         self.arrived: dict[int, int] = {}  # warps at each `bar.sync`
         self.passed: dict[int, int] = {}
@@ -96,6 +98,27 @@ class Block:
         if address not in self.barriers:
             raise Fault(f"no mbarrier at {address} of {self.place}")
         return self.barriers[address]
+
+    def store(self, warp: "Warp", words: np.ndarray, value: np.ndarray) -> None:
+        """Has threads of a warp store words of a value's width to shared memory."""
+        width = value.dtype.itemsize
+        self.space.views[width][words] = value
+        for byte in range(width):
+            self.unfenced[words * width + byte] = warp.number + 1
+
+    def fence(self, warp: "Warp") -> None:
+        """Lets what a warp has stored be read by copies and matrix products."""
+        self.unfenced[self.unfenced == warp.number + 1] = 0
+
+    def read_beside(self, words: np.ndarray, width: int) -> np.ndarray:
+        """Returns words of shared memory to a copy or matrix product.
+
+        Raises:
+          Fault: If the fence is missing that lets it see a store to them.
+        """
+        if self.unfenced[words * width].any():
+            raise Fault(f"{self.place}: a copy or product reads what no fence follows")
+        return self.space.views[width][words]
 
     def peer(self, address: int) -> tuple["Block", int]:
         """Returns the block of a cluster, and the byte there, that an address means."""

@@ -71,7 +71,10 @@ def st(assembler: Assembler, made: Instruction) -> Run:
             value = read(warp)
             if chosen is not None:
                 value = value[chosen]
-            found.views[width][words + number] = value
+            if space == "shared":
+                warp.block.store(warp, words + number, value)
+            else:
+                found.views[width][words + number] = value
 
     return run
 
@@ -99,7 +102,7 @@ def stmatrix(assembler: Assembler, made: Instruction) -> Run:
 
     def run(warp: Warp, chosen: Lanes | None) -> None:
         for read, words in zip(readers, rows(warp, chosen), strict=True):
-            warp.block.space.views[4][words] = read(warp)
+            warp.block.store(warp, words, read(warp))
 
     return run
 

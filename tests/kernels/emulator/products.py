@@ -111,7 +111,7 @@ def _multiplies(assembler: Assembler, made: Instruction) -> Run:
     def matrix(block: Block, at: int, rows: np.ndarray, m_major: bool) -> np.ndarray:
         found = Operand.of(at).places(rows, width, m_major=m_major)
         words = block.space.words(found.reshape(-1), width, width)
-        values: Any = block.space.views[width][words].reshape(found.shape)
+        values: Any = block.read_beside(words, width).reshape(found.shape)
         if of == "tf32":  # the lower bits of float32 are not looked at
             return (values & np.uint32(0xFFFFE000)).view(np.float32).astype("f8")
         return values.view(FLOATS[of]).astype("f8")
