@@ -42,8 +42,8 @@ MORE = {
     "v5e": ((244, 256, 128, 64), (1024, 4, 256, 256)),
     "h100": ((244, 256, 128, 64),),
 }
-# One row; rows of no whole tile, also of all steps no whole eights; units of no whole
-# 64, and both. Units are filled up, in pieces of time.
+# One row; rows of no whole tile, even and odd; units of no whole 64, and both. Units
+# are filled up, in pieces of time, and rows of `single`.
 ODD = {
     "h100": (
         (2048, 1, 1024, 1024),

@@ -49,7 +49,7 @@ class Case:
 
 
 CASES = (
-    Case("single", 36, 70, 20, 64),  # rows of all steps are whole eights
+    Case("single", 36, 70, 20, 64),  # whose rows are filled up, in pieces
     Case("single", 37, 130, 300, 128),
     Case("single", 9, 3, 5, 100),
     Case("cluster", 21, 70, 64, 256),

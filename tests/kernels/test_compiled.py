@@ -18,7 +18,6 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 PEAKS = """
 import sys
 
-import jax
 from compile_memory import MORE, ODD, SHAPES, TARGETS, planned
 
 target, lengths = sys.argv[1], sys.argv[2] == "lengths"
@@ -44,14 +43,12 @@ for shape in ODD.get(target, ())[:1]:
     # and h as operand, twice.
     states = 8 * (2 * (4 + 2) + 2 * 2)
     asked += [(shape, "forward", (4 * 16 * 2 + 4 * 4 + states) * shape[-1] / 2**20)]
-# Rows of no whole tile, and of all steps no whole eights, which are not filled up. The
-# pieces of the latter have 8 steps, the last fewer, to which JAX 0.12 gives planes and
-# hs of its own.
+# Rows of no whole eights, in which TMA copies: those of a piece of 16 steps are filled
+# up, and its inputs are there once more.
 for shape in ODD.get(target, ())[1:3]:
-    steps, rows, _, hidden = shape
-    of_piece = 5 * 8 * rows * hidden * 2 / 2**20 if steps * rows % 8 else 0
-    above = 0 if jax.__version__.startswith("0.10") else of_piece
-    asked += [(shape, "forward", above)]
+    _, rows, inputs, hidden = shape
+    held = -(-rows // 8) * 8
+    asked += [(shape, "forward", 16 * held * (4 * hidden + inputs) * 2 / 2**20)]
 for shape, mode, above, *dtype in asked:
     plans = [
         planned(target, shape, name, mode, place, lengths, *dtype)

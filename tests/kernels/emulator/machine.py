@@ -22,7 +22,6 @@ from emulator.text import Program
 INSTRUCTIONS = (arithmetic, barriers, copies, memory, products)
 # Instructions, at most, of a loop that only looks whether a flag has changed.
 SPIN = 20
-ORDERS = ("eager", "late", "any")
 
 
 class Machine:
