@@ -2,8 +2,8 @@
 
 Forward takes and returns what the kernel of the CPU does, but for two dtypes, named
 below; backward ends with d_z, of which `flax_lstm.lowering` makes the rest. Not yet run
-on hardware: on a CPU, the tests interpret them and run what is compiled for an H100, and
-`experiments/compile_kernels.py` counts what it costs.
+on hardware: the tests interpret them on a CPU, and run there what is compiled for an
+H100, of which `experiments/compile_kernels.py` counts the costs.
 
 Axes     T time, B batch, I input size, H hidden size, G = 4H in gate order i f g o.
 Dtype    That of `inputs`: bfloat16, float16, or float32, of which operands are rounded

@@ -95,8 +95,8 @@ def in_eights(rows: int) -> int:
 def held_rows(steps: int, given: tuple[int, int], plan: Plan) -> int:
     """Returns M: B, but where a tile, `single` or `project` needs rows filled up.
 
-    `single` has its copies made by TMA, in tiles of whole eights of rows: one that began
-    in the middle of an eight would end with it.
+    `single` has its copies made by TMA, in eights of rows: a copy that began in the
+    middle of one would end with it.
 
     Args:
       steps: T.
