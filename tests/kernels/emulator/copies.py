@@ -62,19 +62,23 @@ class TensorMap(NamedTuple):
     def bytes(self) -> int:
         return int(np.prod(self.box)) * self.itemsize
 
-    def elements(self, corner: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns, of each element of a box, bytes from the array's first, and whether
-        it is one of the array's.
-        """  # noqa: D205 two results, of which both are to be named
-        at, inside = np.zeros((), np.int64), np.ones((), bool)
+    def elements(self, corner: list[int]) -> np.ndarray:
+        """Returns how many bytes each element of a box is from the array's first.
+
+        Raises:
+          Fault: If the box is not all within the array. A device would copy zeros; but
+            no kernel here means it to, and one whose box begins between two tiles of
+            the array, where it should not, is found so.
+        """
+        at = np.zeros((), np.int64)
         for start, side, size, stride in zip(
             corner, self.box, self.sizes, self.strides, strict=True
         ):
-            along = start + np.arange(side)
-            at = along * stride + at[..., None]
-            inside = ((along >= 0) & (along < size)) & inside[..., None]
+            if not 0 <= start <= size - side:
+                raise Fault(f"{self} is left by a box at {corner}")
+            at = (start + np.arange(side)) * stride + at[..., None]
         # The fastest axis was the first to be added, and has to be the last.
-        return at.T.reshape(-1), inside.T.reshape(-1)
+        return at.T.reshape(-1)
 
     def places(self, start: int) -> np.ndarray:
         """Returns where in shared memory each element of a box lies."""
@@ -114,11 +118,11 @@ class Store(NamedTuple):
     def put(self) -> None:
         self.take()
         if not self.written:
-            at, inside = self.of.elements(self.corner)
+            at = self.of.elements(self.corner)
             space, base = self.machine.space(self.of.address)
             width = self.of.itemsize
-            words = space.words(base + at[inside], width, width)
-            space.views[width][words] = self.values[0][inside]
+            words = space.words(base + at, width, width)
+            space.views[width][words] = self.values[0]
             self.written.append(True)
 
 
@@ -193,12 +197,10 @@ def _tensor(assembler: Assembler, made: Instruction) -> Run:
         barrier = block.barrier(int(others[1](warp)[lane]))
 
         def load() -> None:
-            where, inside = found.elements(at)
             space, base = machine.space(found.address)
             width = found.itemsize
-            words = space.words(base + where[inside], width, width)
-            values = np.zeros(len(where), f"u{width}")
-            values[inside] = space.views[width][words]
+            words = space.words(base + found.elements(at), width, width)
+            values = space.views[width][words]
             to = block.space.words(found.places(start), width, width)
             block.space.views[width][to] = values
             barrier.complete(found.bytes)
