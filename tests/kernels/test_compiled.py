@@ -43,12 +43,12 @@ for shape in ODD.get(target, ())[:1]:
     # and h as operand, twice.
     states = 8 * (2 * (4 + 2) + 2 * 2)
     asked += [(shape, "forward", (4 * 16 * 2 + 4 * 4 + states) * shape[-1] / 2**20)]
-# Rows of no whole eights, in which TMA copies: those of a piece of 16 steps are filled
-# up, and its inputs are there once more.
+# Rows of no whole eights, in which TMA copies, are filled up in pieces of 16 steps,
+# whose planes are apart.
 for shape in ODD.get(target, ())[1:3]:
-    _, rows, inputs, hidden = shape
-    held = -(-rows // 8) * 8
-    asked += [(shape, "forward", 16 * held * (4 * hidden + inputs) * 2 / 2**20)]
+    _, rows, _, hidden = shape
+    planes = 4 * 16 * -(-rows // 8) * 8
+    asked += [(shape, "forward", planes * hidden * 2 / 2**20)]
 for shape, mode, above, *dtype in asked:
     plans = [
         planned(target, shape, name, mode, place, lengths, *dtype)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from emulator.assembler import Assembler, Lanes, Run, instruction, kind, put
-from emulator.device import LANES, SHARED, Fault, Warp
+from emulator.device import LANES, SHARED, Fault, Space, Warp
 from emulator.text import Instruction
 
 
@@ -17,28 +17,43 @@ def accesses(made: Instruction) -> tuple[str, np.dtype, int]:
     return "shared" if shared else "global", kind(made.kinds[-1]), count
 
 
-@instruction("ld")
-def ld(assembler: Assembler, made: Instruction) -> Run:
+def reaches(assembler: Assembler, made: Instruction, operand: str) -> Any:
+    """Returns what gives, of the threads chosen, their memory and first words there."""
     space, dtype, count = accesses(made)
-    targets, operand = made.operands
-    targets = targets if isinstance(targets, tuple) else (targets,)
-    places = [assembler.register(name) for name in targets]
     address, machine, width = (
         assembler.address(operand),
         assembler.machine,
         dtype.itemsize,
     )
-    looks = "relaxed" in made.kinds or "acquire" in made.kinds
 
-    def run(warp: Warp, chosen: Lanes | None) -> Any:
+    def reach(warp: Warp, chosen: Lanes | None) -> tuple[Space, Lanes]:
         at = address(warp)
         if chosen is not None:
             at = at[chosen]
         found, at = machine.found(warp.block, space, at)
-        words = found.words(at, width, width * count)
+        return found, found.words(at, width, width * count)
+
+    return reach
+
+
+def of(chosen: Lanes | None, value: Lanes) -> Lanes:
+    return value if chosen is None else value[chosen]
+
+
+@instruction("ld")
+def ld(assembler: Assembler, made: Instruction) -> Run:
+    _, dtype, _ = accesses(made)
+    targets, operand = made.operands
+    targets = targets if isinstance(targets, tuple) else (targets,)
+    places = [assembler.register(name) for name in targets]
+    reach = reaches(assembler, made, operand)
+    looks = "relaxed" in made.kinds or "acquire" in made.kinds
+
+    def run(warp: Warp, chosen: Lanes | None) -> Any:
+        found, words = reach(warp, chosen)
         same = looks
         for number, place in enumerate(places):
-            value = found.views[width][words + number]
+            value = found.views[dtype.itemsize][words + number]
             if looks:
                 same &= warp.seen.get(place) == value.tolist()
                 warp.seen[place] = value.tolist()
@@ -54,23 +69,17 @@ def ld(assembler: Assembler, made: Instruction) -> Run:
 
 @instruction("st")
 def st(assembler: Assembler, made: Instruction) -> Run:
-    space, dtype, count = accesses(made)
+    space, dtype, _ = accesses(made)
     operand, sources = made.operands
     sources = sources if isinstance(sources, tuple) else (sources,)
     width = dtype.itemsize
     readers = [assembler.read(name, np.dtype(f"u{width}")) for name in sources]
-    address, machine = assembler.address(operand), assembler.machine
+    reach = reaches(assembler, made, operand)
 
     def run(warp: Warp, chosen: Lanes | None) -> None:
-        at = address(warp)
-        if chosen is not None:
-            at = at[chosen]
-        found, at = machine.found(warp.block, space, at)
-        words = found.words(at, width, width * count)
+        found, words = reach(warp, chosen)
         for number, read in enumerate(readers):
-            value = read(warp)
-            if chosen is not None:
-                value = value[chosen]
+            value = of(chosen, read(warp))
             if space == "shared":
                 warp.block.store(warp, words + number, value)
             else:
@@ -134,23 +143,15 @@ def rows_of_matrices(
 
 @instruction("red")
 def red(assembler: Assembler, made: Instruction) -> Run:
-    space, dtype, _ = accesses(made)
     if "add" not in made.kinds:
         raise NotImplementedError(made.text)
     operand, source = made.operands
-    address, read, machine = (
-        assembler.address(operand),
-        assembler.read(source, dtype),
-        assembler.machine,
-    )
+    _, dtype, _ = accesses(made)
+    read, reach = assembler.read(source, dtype), reaches(assembler, made, operand)
 
     def run(warp: Warp, chosen: Lanes | None) -> None:
-        at, value = address(warp), read(warp)
-        if chosen is not None:
-            at, value = at[chosen], value[chosen]
-        found, at = machine.found(warp.block, space, at)
-        width = dtype.itemsize
-        np.add.at(found.views[width], found.words(at, width, width), value)
+        found, words = reach(warp, chosen)
+        np.add.at(found.views[dtype.itemsize], words, of(chosen, read(warp)))
 
     return run
 
