@@ -92,6 +92,18 @@ def arithmetic(assembler: Assembler, made: Instruction) -> Run:
     return assembler.computes(made, reads, function)
 
 
+def high(a: Lanes, b: Lanes) -> Lanes:
+    """Returns the upper half of a product."""
+    to, bits = wide(a.dtype), 8 * a.dtype.itemsize
+    return ((a.astype(to) * b.astype(to)) >> bits).astype(a.dtype)
+
+
+def high_64(a: Lanes, b: Lanes) -> Lanes:
+    """Returns the upper half of a product, for which NumPy has no type."""
+    products = zip(a.tolist(), b.tolist(), strict=True)
+    return np.array([(one * other) >> 64 for one, other in products], a.dtype)
+
+
 @instruction("mul")
 def mul(assembler: Assembler, made: Instruction) -> Run:
     dtype = kind(made.kinds[-1])
@@ -101,12 +113,8 @@ def mul(assembler: Assembler, made: Instruction) -> Run:
             made, [dtype] * 2, lambda a, b: a.astype(to) * b.astype(to)
         )
     if "hi" in made.kinds:
-        to, bits = wide(dtype), 8 * dtype.itemsize
-        return assembler.computes(
-            made,
-            [dtype] * 2,
-            lambda a, b: ((a.astype(to) * b.astype(to)) >> bits).astype(dtype),
-        )
+        function = high_64 if dtype.itemsize == 8 else high
+        return assembler.computes(made, [dtype] * 2, function)
     return assembler.computes(made, [dtype] * 2, lambda a, b: a * b)
 
 
