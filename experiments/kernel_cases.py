@@ -96,6 +96,18 @@ HOPPER = [
             ("float32", (64, 64, 256, 256)),
         ),
     ),
+    # Rows and units of no whole tile, which are read and written where they lie.
+    *cases(
+        ("single inference",),
+        (
+            ("bfloat16", (64, 250, 128, 100)),
+            ("float16", (128, 2001, 128, 128)),
+            ("bfloat16", (244, 1, 128, 128)),
+        ),
+    ),
+    *cases(("cluster inference",), (("bfloat16", (64, 64, 256, 200)),)),
+    *cases(("grid inference",), (("float32", (64, 9, 256, 700)),)),
+    *cases(("step inference",), (("bfloat16", (64, 64, 256, 2000)),)),
     *cases(
         ("grid forward", "grid backward"),
         (
@@ -126,6 +138,9 @@ HOPPER = [
             ("float32", (244, 256, 300, 128)),
             ("bfloat16", (64, 20, 33, 128)),
             ("bfloat16", (1000, 1, 1024, 1024)),
+            # Weights through registers.
+            ("bfloat16", (60, 250, 300, 100)),
+            ("float32", (60, 250, 300, 100)),
         ),
     ),
 ]
@@ -194,18 +209,21 @@ def projection(
     import jax.numpy as jnp
     from flax_lstm_kernels import compat
     from flax_lstm_kernels.gpu import project, project_operands
-    from flax_lstm_kernels.gpu.arrange import UNITS, up
+    from flax_lstm_kernels.gpu.pieces import held_sizes
+    from flax_lstm_kernels.gpu.plan import Plan
 
-    size = up(case.H, UNITS)
+    rows, units = held_sizes(case.T, (case.B, case.H), Plan("grid", 8, 2))
 
     def run(x: Any, kernel: Any, bias: Any, planes: Any, now: Any) -> Any:
         ref = compat.in_place(planes)
-        weights = project_operands.weights_of_inputs(kernel, bias, size, x.dtype)
-        options = {"rows": case.B, "least": least_steps(case), "size": size}
+        weights = project_operands.weights_of_inputs(
+            kernel, bias, (rows, units), x.dtype
+        )
+        options = {"rows": rows, "least": least_steps(case)}
         project.project(x, weights, ref, now, **options)
         return jax.freeze(ref)
 
-    gates, planes = 4 * case.H, like(case.T * case.B, size)
+    gates, planes = 4 * case.H, like(case.T * rows, units)
     x, now = like(case.T, case.B, case.I), like(3, dtype=jnp.int32)
     return run, (x, like(case.I, gates), like(gates), planes, now)
 

@@ -49,6 +49,10 @@ class Memory(NamedTuple):
     def dtype(self):
         return jnp.dtype(jnp.float32)
 
+    @property
+    def shape(self):
+        return (64,)  # units, in whole groups
+
 
 class Recorder:
     """Stands in for the block and the flags of one block."""

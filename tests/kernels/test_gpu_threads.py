@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax_lstm_kernels import compat, gpu
 from flax_lstm_kernels.gpu import Plan, project
-from flax_lstm_kernels.gpu.arrange import kept_dtype
+from flax_lstm_kernels.gpu.arrange import kept_dtype, up
 from flax_lstm_kernels.gpu.project_operands import weights_of_inputs
 from flax_lstm_kernels.gpu.source import Piece
 from gpu_order import Block
@@ -18,29 +18,37 @@ from gpu_recorder import Memory, stand_ins
 
 pytestmark = pytest.mark.kernels
 
-# Kernel, pass, dtype, H, stages; of `project` I and no stages. Of `single` two
-# warpgroups where they fit; of the others more chunks than stages.
+# Kernel, pass, dtype, H, stages, and rows; of `project` I, no stages, and units. Of
+# `single` two warpgroups where they fit; of the others more chunks than stages.
 CASES = [
-    ("single", "forward", "bfloat16", 128, 3),
-    ("single", "inference", "bfloat16", 128, 2),
-    ("single", "backward", "bfloat16", 128, 2),
-    ("single", "forward", "float32", 64, 2),
-    ("single", "inference", "float32", 64, 3),
-    ("single", "backward", "float32", 128, 3),
-    ("cluster", "forward", "bfloat16", 256, 2),
-    ("cluster", "inference", "float32", 128, 2),
-    ("cluster", "backward", "bfloat16", 128, 2),
-    ("cluster", "backward", "float32", 128, 2),
-    ("grid", "forward", "bfloat16", 384, 2),
-    ("grid", "inference", "float32", 192, 2),
-    ("grid", "backward", "float32", 192, 2),
-    ("step", "forward", "bfloat16", 384, 2),
-    ("step", "inference", "float32", 256, 3),
-    ("step", "backward", "bfloat16", 384, 2),
-    ("project", "inference", "bfloat16", 300, 0),
-    ("project", "inference", "float32", 100, 0),
+    ("single", "forward", "bfloat16", 128, 3, 8),
+    ("single", "inference", "bfloat16", 128, 2, 8),
+    ("single", "inference", "bfloat16", 100, 2, 9),
+    ("single", "inference", "float16", 128, 2, 1),
+    ("single", "backward", "bfloat16", 128, 2, 8),
+    ("single", "forward", "float32", 64, 2, 8),
+    ("single", "inference", "float32", 64, 3, 8),
+    ("single", "inference", "float32", 64, 2, 9),
+    ("single", "backward", "float32", 128, 3, 8),
+    ("cluster", "forward", "bfloat16", 256, 2, 8),
+    ("cluster", "inference", "float32", 128, 2, 8),
+    ("cluster", "inference", "bfloat16", 100, 2, 9),
+    ("cluster", "backward", "bfloat16", 128, 2, 8),
+    ("cluster", "backward", "float32", 128, 2, 8),
+    ("grid", "forward", "bfloat16", 384, 2, 8),
+    ("grid", "inference", "float32", 192, 2, 8),
+    ("grid", "inference", "bfloat16", 200, 2, 1),
+    ("grid", "backward", "float32", 192, 2, 8),
+    ("step", "forward", "bfloat16", 384, 2, 8),
+    ("step", "inference", "float32", 256, 3, 8),
+    ("step", "inference", "bfloat16", 328, 2, 9),
+    ("step", "backward", "bfloat16", 384, 2, 8),
+    ("project", "inference", "bfloat16", 300, 0, 64),
+    ("project", "inference", "float32", 100, 0, 64),
+    ("project", "inference", "bfloat16", 100, 0, 100),
+    ("project", "inference", "float32", 40, 0, 100),
 ]
-STEPS, ROWS = 4, 8
+STEPS = 4
 BARRIERS = ("sync", "stored", "arrive", "wait", "wgmma_wait", "received", "cluster")
 # Barriers that others make up for: of a flag, which is for global memory, of which the
 # model knows nothing, and one before the first of them.
@@ -48,49 +56,48 @@ NOT_NEEDED = ("signal", "keep_weights")
 
 
 def named(case):
-    return " ".join(case[:3])
+    return " ".join(map(str, case))
 
 
-def run(kernel, which, dtype, size, stages):
+def run(kernel, which, dtype, held, stages, held_rows):
     """Runs a pass, of which the last step is past the lengths."""
-    dtype = jnp.dtype(dtype)
+    dtype, size, rows = jnp.dtype(dtype), up(held, 64), up(held_rows, 8)
     blocks = max(2, size // 64) if kernel == "cluster" else 1
-    plan = Plan(kernel, ROWS, stages, blocks)
-    state, h = jnp.ones((ROWS, size)), jnp.ones((ROWS, size), dtype)
-    weights = jnp.ones((size, 4, size), dtype)
-    gates = jnp.ones((STEPS, ROWS, 4, size), kept_dtype(dtype))
-    lengths = jnp.full(ROWS, STEPS - 1), jnp.zeros((STEPS, ROWS), jnp.uint8)
+    plan = Plan(kernel, 8, stages, blocks)
+    state, h = jnp.ones((rows, size)), jnp.ones((rows, size), dtype)
+    weights = jnp.ones((held, 4, held), dtype)
+    gates = jnp.ones((STEPS, rows, 4, size), kept_dtype(dtype))
+    lengths = jnp.full(rows, STEPS - 1), jnp.zeros((STEPS, rows), jnp.uint8)
     options = {"reverse": False, "plan": plan}
     if which == "backward":
-        of_steps = jnp.ones((STEPS, ROWS, size))
+        of_steps = jnp.ones((STEPS, rows, size))
         arrays = of_steps.astype(dtype), state, state, gates, of_steps, weights
         gpu.BACKWARD[kernel](*arrays, *lengths, **options)
         return
     source = gates
     if which == "inference":  # hs in the place of gates, as where units are filled up
-        hs = Memory("hs", (4 * STEPS * ROWS, size), dtype)
+        hs = Memory("hs", (4 * STEPS * held_rows, held), dtype)
         now = jnp.array([0, STEPS, 0, STEPS], jnp.int32)
-        source = Piece(hs, None, now, STEPS, ROWS)
+        source = Piece(hs, None, now, STEPS, held_rows)
     gpu.FORWARD[kernel](source, weights, state, h, *lengths, **options)
 
 
-def run_projection(dtype, inner):
-    """Runs `project` in one block, over three tiles."""
+def run_projection(dtype, inner, units):
+    """Runs `project`, each block over three tiles."""
     rows, dtype = 64, jnp.dtype(dtype)
-    kernel, bias = jnp.ones((inner, 4 * 64), dtype), jnp.ones(4 * 64, dtype)
-    planes = compat.in_place(jnp.ones((4 * 3 * rows, 64), dtype))
+    kernel, bias = jnp.ones((inner, 4 * units), dtype), jnp.ones(4 * units, dtype)
+    planes = compat.in_place(jnp.ones((4 * 3 * rows, units), dtype))
     project.project(
         jnp.ones((3, rows, inner), dtype),
-        weights_of_inputs(kernel, bias, 64, dtype),
+        weights_of_inputs(kernel, bias, (rows, units), dtype),
         planes,
         jnp.array([0, 3, 0]),
         rows=rows,
         least=1,
-        size=64,
     )
 
 
-def record(kernel, which, dtype, size, stages):
+def record(kernel, which, dtype, size, stages, held):
     """Returns what some blocks do, each `Launched`."""
     blocks = []
     with pytest.MonkeyPatch.context() as patch:
@@ -98,9 +105,9 @@ def record(kernel, which, dtype, size, stages):
             patch.setattr(owner, name, value)
         if kernel == "project":
             patch.setattr(project, "BLOCKS", 1)
-            run_projection(dtype, size)
+            run_projection(dtype, size, held)
         else:
-            run(kernel, which, dtype, size, stages)
+            run(kernel, which, dtype, size, stages, held)
     assert any(events for block in blocks for events in block.groups)
     return blocks
 
@@ -134,9 +141,10 @@ def test_without_any_one_barrier_they_are_not():
     assert needed
 
 
-def test_one_place_less_is_found(monkeypatch):
+@pytest.mark.parametrize("units", [64, 100])
+def test_one_place_less_is_found(units, monkeypatch):
     monkeypatch.setattr(project, "TURNS", project.TURNS - 1)
-    (block, _) = record("project", "inference", "bfloat16", 300, 0)
+    block, *_ = record("project", "inference", "bfloat16", 300, 0, units)
     assert "project.py" in min(Block(block).run())
 
 

@@ -32,17 +32,20 @@ from flax_lstm_kernels.gpu import (
 )
 from flax_lstm_kernels.gpu.arrange import (
     fill,
+    from_groups,
     from_tiles,
     gates_apart,
     gates_joined,
+    in_groups,
     in_tiles,
     kept_dtype,
     projected,
     recurrent_weights,
+    weights_in_groups,
     wide_weights,
 )
 from flax_lstm_kernels.gpu.common import as_operand
-from flax_lstm_kernels.gpu.pieces import held_rows, in_pieces, trained_steps
+from flax_lstm_kernels.gpu.pieces import held_sizes, in_pieces, trained_steps
 from flax_lstm_kernels.gpu.plan import Plan, Sizes, Support, choose, support
 from flax_lstm_kernels.gpu.project_operands import weights_of_inputs
 
@@ -111,7 +114,10 @@ def forward(
         )
         plan = choose(sizes)
     given, (filled, size) = (rows, hidden), plan.filled(rows, hidden)
-    weights = recurrent_weights(recurrent_kernel.astype(dtype), size)
+    held = held_sizes(steps, given, plan) if not keep else (filled, size)
+    weights = recurrent_weights(recurrent_kernel.astype(dtype), held[1])
+    if plan.kernel == "step" and held[1] * dtype.itemsize % 16:  # which TMA refuses
+        weights = weights_in_groups(weights)
 
     def run(source: Any, *others: Array) -> tuple[Array, ...]:
         return FORWARD[plan.kernel](
@@ -120,11 +126,10 @@ def forward(
 
     c, h = c.astype(jnp.float32), h.astype(dtype)
     if not keep:
-        of_inputs = weights_of_inputs(kernel, bias, size, dtype)
-        held = held_rows(steps, given, plan)
+        of_inputs = weights_of_inputs(kernel, bias, held, dtype)
 
         def tiles(array: Array, axis: int = 0) -> Array:
-            return in_tiles(fill(array, axis, held), axis, plan.rows)
+            return in_tiles(fill(array, axis, held[0]), axis, plan.rows)
 
         @partial(jax.jit, static_argnums=3)
         def to_planes(inputs: Array, planes: Any, now: Array, least: int) -> None:
@@ -133,9 +138,8 @@ def forward(
                 of_inputs,
                 planes,
                 now,
-                rows=held,
+                rows=held[0],
                 least=least,
-                size=size,
                 interpret=interpret,
             )
 
@@ -145,18 +149,24 @@ def forward(
             to_planes,
             of_piece,
             inputs,
-            fill(tiles(c), 1, size),
-            fill(tiles(h), 1, size),
+            tiles(in_groups(c, 1, held[1])),
+            tiles(in_groups(h, 1, held[1], once=True)),  # of an Inf, 0 times is NaN
             tiles(lengths),
             tiles(resets, 1) if resets.size else resets,
             hidden,
+            held=held,
             plan=plan,
             reverse=reverse,
         )
-        c, h = (from_tiles(array, held, plan.rows) for array in (c, h))
+        c, h = (
+            from_groups(
+                from_tiles(array, 0, plan.rows, held[0])[:rows], held[1], hidden
+            )
+            for array in (c, h)
+        )
         gates = jnp.zeros((0, 0, 4 * hidden), kept_dtype(dtype))
         before = jnp.zeros((0, 0, hidden), jnp.float32)
-        return hs, c[:rows, :hidden], h[:rows, :hidden], gates, before
+        return hs, c, h, gates, before
     lengths = fill(lengths, 0, filled)
     c, h = (fill(fill(array, 0, filled), 1, size) for array in (c, h))
     of_inputs = wide_weights(kernel, bias, size, dtype)

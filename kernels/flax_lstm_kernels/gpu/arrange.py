@@ -1,7 +1,8 @@
 """Weights, states and masks in the form in which the GPU kernels read them.
 
 Axes     T time, B batch, H hidden size; N and P the same in whole tiles of the batch
-         and whole groups of units; K any.
+         and whole groups of units; W units of what is read and written where it lies, H
+         or P; K any.
 Layout   Gates `[T, N, 4, P]` in gate order i f g o, states `[N, P]`, units last.
 """
 
@@ -37,43 +38,75 @@ def fill(array: Shaped[Array, "..."], axis: int, size: int) -> Shaped[Array, "..
     return jnp.pad(array, widths)
 
 
-def in_tiles(array: Shaped[Array, "..."], axis: int, rows: int) -> Shaped[Array, "..."]:
-    """Puts the batch into whole tiles, of which the last one ends at the last row.
+def in_tiles(
+    array: Shaped[Array, "..."], axis: int, tile: int, *, once: bool = False
+) -> Shaped[Array, "..."]:
+    """Puts an axis into whole tiles, of which the last one ends where the axis does.
 
-    It has some rows of the tile before it once more. Fewer rows than a tile are filled
-    up.
+    It has some of the tile before it again; with `once`, zeros instead. Less than a
+    tile is filled up.
 
     >>> in_tiles(jnp.arange(5), 0, 2).tolist(), in_tiles(jnp.arange(1), 0, 2).tolist()
     ([0, 1, 2, 3, 3, 4], [0, 0])
+    >>> in_tiles(jnp.arange(5), 0, 2, once=True).tolist()
+    [0, 1, 2, 3, 0, 4]
     """
-    batch = array.shape[axis]
-    if batch < rows:
-        return fill(array, axis, rows)
-    if batch % rows == 0:
+    given = array.shape[axis]
+    left = given % tile
+    if given < tile:
+        return fill(array, axis, tile)
+    if not left:
         return array
-    whole = lax.slice_in_dim(array, 0, batch - batch % rows, axis=axis)
-    last = lax.slice_in_dim(array, batch - rows, batch, axis=axis)
-    return lax.concatenate([whole, last], axis)
+
+    def cut(first: int, end: int) -> Array:
+        return lax.slice_in_dim(array, first, end, axis=axis)
+
+    again = cut(given - tile, given - left)
+    again = jnp.zeros_like(again) if once else again
+    return lax.concatenate(
+        [cut(0, given - left), again, cut(given - left, given)], axis
+    )
 
 
 def from_tiles(
-    array: Shaped[Array, "N *K"], batch: int, rows: int
-) -> Shaped[Array, "B *K"]:
-    """Undoes `in_tiles` of the first axis.
+    array: Shaped[Array, "..."], axis: int, tile: int, given: int
+) -> Shaped[Array, "..."]:
+    """Undoes `in_tiles` of what was `given`.
 
-    >>> from_tiles(jnp.arange(6), 5, 2).tolist()
-    [0, 1, 2, 3, 5]
+    >>> from_tiles(jnp.array([0, 1, 2, 3, 3, 4]), 0, 2, 5).tolist()
+    [0, 1, 2, 3, 4]
     """
-    left = batch % rows
-    if batch < rows or not left:
-        return array[:batch]
-    return lax.concatenate([array[: batch - left], array[len(array) - left :]], 0)
+
+    def cut(first: int, end: int) -> Array:
+        return lax.slice_in_dim(array, first, end, axis=axis)
+
+    left, size = given % tile, array.shape[axis]
+    if given < tile or not left:
+        return cut(0, given)
+    return lax.concatenate([cut(0, given - left), cut(size - left, size)], axis)
 
 
-def gates_apart(array: Shaped[Array, "*K G"], size: int) -> Shaped[Array, "*K 4 P"]:
-    """Splits the last axis into gates and units, and fills up the units."""
+def in_groups(
+    array: Shaped[Array, "..."], axis: int, held: int, *, once: bool = False
+) -> Shaped[Array, "..."]:
+    """Makes P of an axis of H units: `in_tiles` of what is filled up to W first."""
+    return in_tiles(fill(array, axis, held), axis, UNITS, once=once)
+
+
+def from_groups(
+    array: Shaped[Array, "N P"], held: int, hidden: int
+) -> Shaped[Array, "N H"]:
+    """Undoes `in_groups` of the last axis."""
+    return from_tiles(array, 1, UNITS, held)[:, :hidden]
+
+
+def gates_apart(
+    array: Shaped[Array, "*K G"], size: int | None = None
+) -> Shaped[Array, "*K 4 P"]:
+    """Splits the last axis into gates and units, which are filled up to a size."""
     *lead, width = array.shape
-    return fill(array.reshape(*lead, 4, width // 4), -1, size)
+    units = width // 4
+    return fill(array.reshape(*lead, 4, units), -1, size or units)
 
 
 def gates_joined(array: Shaped[Array, "*K 4 P"], hidden: int) -> Shaped[Array, "*K G"]:
@@ -118,13 +151,19 @@ def projected(
 
 
 def recurrent_weights(
-    recurrent_kernel: Float[Array, "H G"], size: int
-) -> Float[Array, "P 4 P"]:
+    recurrent_kernel: Float[Array, "H G"], held: int
+) -> Float[Array, "W 4 W"]:
     """Returns the weights by (unit they come from, gate, unit they go to).
 
-    That is how they lie in memory: where no units are filled up, nothing is copied.
+    That is how they lie in memory: where W is H, nothing is copied.
     """
-    return fill(gates_apart(recurrent_kernel, size), 0, size)
+    return fill(gates_apart(recurrent_kernel, held), 0, held)
+
+
+def weights_in_groups(weights: Float[Array, "W 4 W"]) -> Float[Array, "P 4 P"]:
+    """Puts units into groups; what comes from one that is there again is 0."""
+    held = len(weights)
+    return in_groups(in_groups(weights, 2, held), 0, held, once=True)
 
 
 def tile_ends(lengths: Int[Array, " N"], rows: int) -> Int[Array, " tiles"]:

@@ -51,6 +51,7 @@ from flax_lstm_kernels.gpu.common import (
     Refs,
     Registers,
     as_operand,
+    place_of,
     step_forward,
 )
 from flax_lstm_kernels.gpu.plan import Plan
@@ -73,7 +74,8 @@ def body(
 
     tile, (rank, group) = lax.axis_index("tile"), team.place()
     batch = pl.ds(tile * rows, rows)
-    units = pl.ds((rank * team.groups + group) * WIDTH, WIDTH)
+    number = rank * team.groups + group
+    units, own = pl.ds(number * WIDTH, WIDTH), span.units(number, WIDTH)
     held = span.rows(tile, rows)
     end = span.end(ends_ref[tile])
     dtype = h_pair.dtype
@@ -87,20 +89,22 @@ def body(
     def given(k: Any) -> tuple[Any, ...]:
         """Loads the gates before activation; of a step there is not, those of one."""
         t = jnp.clip(time(k), span.first, span.first + span.count - 1)
-        places = [span.gate(t, held, n, units) for n in range(4)]
+        places = [span.gate(t, held, n, own) for n in range(4)]
         return tuple(values.load(place, dtype) for place in places)
 
     def weights_from(k: Any, nothing: None) -> None:
         """Brings the weights for 64 units that they come from."""
         columns = pl.ds(k * UNITS, UNITS)
-        pairs = [
+        place, again = place_of(k * UNITS, UNITS, UNITS, weights_ref.shape[0])
+        parts = [
             (
-                weights_ref.at[columns, n, units],
+                weights_ref.at[place, n, own],
                 weights.at[here, group, n // 2, pl.ds(n % 2 * WIDTH, WIDTH), columns],
+                again,
             )
             for n in range(4)
         ]
-        registers.bring_turned(pairs)
+        registers.bring_turned(parts)
 
     @pl.when(group == 0)
     def all_of_h() -> None:
@@ -113,7 +117,7 @@ def body(
     h_first = values.load(h_ref.at[batch, units])
     lengths = values.per_row(lengths_ref.at[tile])
     z_first = given(0)
-    lax.fori_loop(0, weights_ref.shape[0] // UNITS, weights_from, None)
+    lax.fori_loop(0, h_ref.shape[1] // UNITS, weights_from, None)
     plgpu.commit_smem()
     plgpu.barrier_wait(loaded.at[here])
 
@@ -152,12 +156,12 @@ def body(
         part = EIGHT * WIDTH * dtype.itemsize
         copies = [Copy(at, at, other, part) for other in peers for at in places]
         exchange.publish(k, h_pair, h_pair, copies, part * len(copies))
-        place = span.place(hs_ref, t, held, units)
+        place = span.place(hs_ref, t, held, own)
         values.store(place, jnp.where(live, h, 0.0))
         if keep:
             values.store(before_ref.at[t, batch, units], c_start)
             for n, gate in enumerate(gates):
-                values.store(span.gate(t, held, n, units), gate)
+                values.store(span.gate(t, held, n, own), gate)
         # Of the last step too: a branch here would cost more, in every step.
         exchange.wait(k)
         return c, h, z_next
@@ -168,7 +172,7 @@ def body(
 
     def clear(k: Any, nothing: None) -> None:
         t = span.first + k
-        values.store(span.place(hs_ref, t, held, units), jnp.zeros_like(h))
+        values.store(span.place(hs_ref, t, held, own), jnp.zeros_like(h))
 
     lax.fori_loop(end, span.count, clear, None)
     exchange.finish()

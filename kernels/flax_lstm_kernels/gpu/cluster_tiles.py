@@ -64,7 +64,7 @@ class Tiles(NamedTuple):
         if self.plain:
             ref[...] = value
         else:
-            compat.store(ref, value)
+            compat.store(ref, plgpu.layout_cast(value, LAYOUT))  # also zeros
 
     def round(self, ref: Any) -> None:
         """Makes an operand of a tile, in place; each thread what it has read itself."""

@@ -37,6 +37,23 @@ def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def place_of(first: Any, size: int, tile: int, end: int) -> tuple[Any, Any]:
+    """Returns where some of a tile lie; of the tiles the last one ends at the `end`.
+
+    And by how many it is moved for that: so many of it the tile before has, too.
+
+    Args:
+      first: Where they would lie in whole tiles.
+      size: How many they are.
+      tile: Of how many they are.
+      end: Of all.
+    """
+    if end % tile == 0:
+        return pl.ds(first, size), 0
+    again = jnp.maximum((lax.div(first, tile) + 1) * tile - end, 0)
+    return pl.ds(first - again, size), again
+
+
 class Refs:
     """The references that a kernel is given, to be taken one after the other."""
 
@@ -181,19 +198,21 @@ class Registers(NamedTuple):
         return cls(bool(interpret) and not compat.INTERPRETS_LAYOUTS)
 
     def load(self, ref: Any, dtype: Any = None) -> Any:
-        """Loads a tile `[N, 64]` of shared memory as float32 `[64, N]`.
+        """Loads a tile `[N, 64]` as float32 `[64, N]`.
 
         Args:
           ref: The tile.
           dtype: What its bits are, where that is not what it is called.
         """
+        return widened(self.bring(ref), dtype)
+
+    def bring(self, ref: Any) -> Any:
+        """Loads a tile `[N, 64]` as `[64, N]`, pairs of units at a time."""
         if self.plain:
-            value = ref[...].T
-        else:
-            turned = compat.transposed(ref)
-            value = compat.load(turned, plgpu.Layout.WGMMA_TRANSPOSED)
-            value = plgpu.layout_cast(value, plgpu.Layout.WGMMA)
-        return widened(value, dtype)
+            return ref[...].T
+        turned = compat.transposed(ref)
+        value = compat.load(turned, plgpu.Layout.WGMMA_TRANSPOSED)
+        return plgpu.layout_cast(value, plgpu.Layout.WGMMA)
 
     def store(self, ref: Any, value: Any) -> None:
         """Stores `[64, N]` into a tile `[N, 64]` of shared memory, in its dtype."""
@@ -203,6 +222,27 @@ class Registers(NamedTuple):
         else:
             turned = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
             compat.transposed(ref)[...] = turned
+
+    def put(self, ref: Any, value: Any, through: Any = None) -> None:
+        """Stores `[64, N]` into a tile `[N, 64]` anywhere, in its dtype.
+
+        Args:
+          ref: The tile; or `[64]` of global memory, for the first row.
+          value: What to store.
+          through: Shared memory `[N, 64]`, in no tiles, for a row.
+        """
+        value = value.astype(ref.dtype)
+        if len(ref.shape) == 1:
+            plgpu.commit_smem()  # by all warps: each has read the last one
+            self.put(through, value)
+            plgpu.commit_smem()
+            row, layout = through.at[0], plgpu.Layout.WGMMA.reduce(1)
+            compat.store(ref, row[...] if self.plain else compat.load(row, layout))
+        elif self.plain:
+            ref[...] = value.T
+        else:
+            turned = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
+            compat.store(compat.transposed(ref), turned)
 
     def turn(self, ref: Any) -> None:
         """Turns a tile `[64, 64]` of shared memory in place, as operand."""
@@ -220,19 +260,45 @@ class Registers(NamedTuple):
         """
         self.store(ref, as_operand(self.load(ref), ref.dtype))
 
-    def bring_turned(self, pairs: list[tuple[Any, Any]]) -> None:
-        """Brings tiles `[64, N]` of global memory to shared memory, as operands.
+    def without(
+        self, value: Any, axis: int, again: Any, layout: Any = plgpu.Layout.WGMMA
+    ) -> Any:
+        """Sets the first few of an axis to 0, which the tile before has, too.
 
         Args:
-          pairs: Each where it lies, and the tile `[N, 64]`.
+          value: Some of what a product sums over.
+          axis: Along which it does.
+          again: How many; the 0 of `place_of` for none, anywhere.
+          layout: Of the value.
+        """
+        if isinstance(again, int):
+            return value
+        number = lax.broadcasted_iota(jnp.int32, value.shape, axis)
+        if not self.plain:
+            number = plgpu.layout_cast(number, layout)
+        return jnp.where(number < again, jnp.zeros((), value.dtype), value)
+
+    def bring_turned(self, tiles: list[tuple[Any, Any, Any]]) -> None:
+        """Brings tiles `[64, N]` of any memory to shared memory, as operands.
+
+        Args:
+          tiles: Each where it lies, the tile `[N, 64]`, and `again` of `without`.
         """
         layout = plgpu.Layout.WGMMA
         found = [
-            (tile, place[...] if self.plain else compat.load(place, layout))
-            for place, tile in pairs  # all on their way at once
+            (tile, place[...] if self.plain else compat.load(place, layout), again)
+            for place, tile, again in tiles  # all on their way at once
         ]
-        for tile, value in found:
-            self.store(tile, as_operand(value, tile.dtype))
+        for tile, value, again in found:
+            self.store(tile, as_operand(self.without(value, 0, again), tile.dtype))
+
+    def per_unit(self, ref: Any, rows: int) -> Any:
+        """Loads `[64]` of global memory, one for each unit, as `[64, rows]`."""
+        if self.plain:
+            value = ref[...]
+        else:
+            value = compat.load(ref, plgpu.Layout.WGMMA.reduce(1))
+        return lax.broadcast_in_dim(value, (UNITS, rows), (0,))
 
     def per_row(self, ref: Any) -> Any:
         """Loads `[N]` of global memory, one for each row, as `[64, N]`."""

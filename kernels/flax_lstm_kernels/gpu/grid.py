@@ -82,7 +82,7 @@ def forward_body(
     of = Forward(span, None, lengths, resets, turns, hs, before)
     unit, flag = lax.axis_index("unit"), lax.axis_index("tile")
     units, members = pl.ds(unit * UNITS, UNITS), cut.size // UNITS
-    block.keep_turned(weights, units)
+    block.keep_turned(weights, span.units(unit, UNITS))
 
     def tile(number: Any, end: Any, passed: Any) -> None:
         rows = pl.ds(number * cut.rows, cut.rows)
@@ -114,7 +114,7 @@ def forward_body(
         block.store(h_last.at[rows, units], h)
 
         def clear(k: Any, nothing: None) -> None:
-            place = span.place(hs, span.first + k, held, units)
+            place = span.place(hs, span.first + k, held, span.units(unit, UNITS))
             block.store(place, jnp.zeros_like(c))
 
         lax.fori_loop(end, span.count, clear, None)

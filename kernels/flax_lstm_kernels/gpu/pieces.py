@@ -2,7 +2,7 @@
 
 x W + b of all steps is four times as wide as the outputs hs, and nothing of it is kept:
 a scan has it of one step only. Here a piece of the steps is projected at a time, into
-planes `[M, P]`, four for a step: into that part of hs which later pieces will write, as
+planes `[M, W]`, four for a step: into that part of hs which later pieces will write, as
 long as there is any. A fifth of the steps that are left fits there each time; the last
 few have a small memory of their own. Inputs and outputs are nearly all the memory then.
 
@@ -10,15 +10,16 @@ A piece is two launches, `project` and the kernel, and there are few: 17 of 244 
 Which steps they are is an argument, so that all pieces run the same two programs. A
 gate's planes of all steps lie together, as a product of them all would.
 
-Rows of no whole tile are not filled up, but for `single` to whole eights (`held_rows`).
-Where they are, or units have to be, or rows of less than a tile, hs is not what the
-caller gets. Such sequences run in pieces that are alike, in a loop, each with planes
-and hs of its own, which is then copied (`piece_steps`); hs has the place of the gate i
-of its step, where no two tiles share rows. So does training of what has to be filled
-up, forward and backward, whose inputs are copied too. Only a piece is then filled up.
+Rows of no whole tile are not filled up, nor units of no whole group. Less than a tile
+or a group is (`held_sizes`), and hs is then not what the caller gets. Such sequences
+run in pieces that are alike, in a loop, each with planes and hs of its own, which is
+then copied (`piece_steps`); hs has the place of the gate i of its step, where no two
+tiles share rows, and no two groups units. So does training of what has to be filled up,
+forward and backward, whose inputs are copied too. Only a piece is then filled up.
 
 Axes     T time, B batch, H hidden size; N and P the same in whole tiles of the batch
-         and whole groups of units; M rows of planes and hs, B or filled up; S planes.
+         and whole groups of units; M rows and W units of planes and hs, B and H or
+         filled up; S planes.
 """
 
 import math
@@ -32,7 +33,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from flax_lstm_kernels import compat
 from flax_lstm_kernels.copied import in_copies
-from flax_lstm_kernels.gpu.arrange import up
+from flax_lstm_kernels.gpu.arrange import UNITS, up
 from flax_lstm_kernels.gpu.plan import Plan
 from flax_lstm_kernels.gpu.project_operands import EIGHT, copies
 from flax_lstm_kernels.gpu.source import Piece
@@ -40,7 +41,8 @@ from flax_lstm_kernels.gpu.source import Piece
 # Steps whose planes have a memory of their own: so many, or what takes so many bytes.
 LAST = 4
 LAST_BYTES = 4 << 20
-ROW_LAST = 16  # of one row, in whole eights
+ODD_LAST = 2  # of no whole eights and groups, whose states are there once more
+ROW_LAST = 16  # of one row
 # Steps of a copied piece, where there are that many: at least so many, or so manyth of
 # all, of copied inputs twice that; and as many as have planes of so many bytes. By
 # estimate, not measured, its launches (3, of copied inputs 5, in training 7) then take
@@ -83,78 +85,77 @@ class Cut(NamedTuple):
         return jnp.array([self.first, self.count, plane, self.apart], jnp.int32)
 
 
-def in_eights(rows: int) -> int:
-    """Returns of how many steps the rows are whole eights, which `project` writes.
+def fewest(rows: int) -> int:
+    """Returns how many steps have eight rows, which `project` takes at least.
 
-    >>> in_eights(16), in_eights(100), in_eights(1)
-    (1, 2, 8)
+    >>> fewest(9), fewest(1)
+    (1, 8)
     """
-    return EIGHT // math.gcd(EIGHT, rows)
+    return -(-EIGHT // rows)
 
 
-def held_rows(steps: int, given: tuple[int, int], plan: Plan) -> int:
-    """Returns M: B, but where a tile, `single` or `project` needs rows filled up.
+def held_sizes(steps: int, given: tuple[int, int], plan: Plan) -> tuple[int, int]:
+    """Returns M and W: B and H, but where a tile or `project` has no fewer.
 
-    `single` has its copies made by TMA, in eights of rows: a copy that began in the
-    middle of one would end with it.
+    Nor is an odd number of units, for pairs of them are loaded at once.
 
     Args:
       steps: T.
       given: B and H.
       plan: Of the kernel.
 
-    >>> plans = [Plan(kernel, rows=8, stages=4) for kernel in ("single", "grid")]
-    >>> [held_rows(244, (rows, 128), plan) for rows in (100, 1) for plan in plans]
-    [104, 100, 8, 1]
+    >>> plans = [Plan(kernel, rows=8, stages=2) for kernel in ("cluster", "single")]
+    >>> [held_sizes(244, (rows, 100), plan) for rows in (99, 1) for plan in plans]
+    [(99, 100), (99, 100), (8, 100), (1, 100)]
+    >>> held_sizes(4, (1, 50), plans[1]), held_sizes(8, (99, 101), plans[1])
+    ((8, 64), (99, 128))
     """
-    rows, _ = given
-    fits = rows >= plan.rows or (rows == 1 and plan.kernel in ("grid", "step"))
-    whole = rows % EIGHT == 0
-    projects = plan.kernel != "single" and steps >= in_eights(rows)
-    return rows if fits and (whole or projects) else max(plan.rows, up(rows, EIGHT))
+    rows, hidden = given
+    fits = rows >= plan.rows or (rows == 1 and plan.kernel != "cluster")
+    fits = fits and steps >= fewest(rows)
+    held = rows if fits else max(plan.rows, up(rows, EIGHT))
+    pairs = hidden >= UNITS and hidden % 2 == 0
+    return held, hidden if pairs else plan.size(hidden)
 
 
-def last_steps(steps: int, rows: int, size: int, itemsize: int) -> int:
+def last_steps(steps: int, rows: int, units: int, itemsize: int) -> int:
     """Returns how many steps at the end have planes apart.
 
     Args:
-      steps: T, at least `in_eights`.
+      steps: T, at least `fewest`.
       rows: M.
-      size: P.
+      units: W.
       itemsize: Bytes of the computation dtype.
 
     >>> last_steps(244, 256, 128, 2), last_steps(244, 1024, 256, 2)
     (4, 2)
-    >>> last_steps(244, 1, 1024, 2), last_steps(13, 1, 1024, 2)
-    (16, 8)
+    >>> last_steps(244, 250, 100, 2), last_steps(244, 1, 1024, 2)
+    (2, 16)
     """
-    last = ROW_LAST if rows == 1 else LAST
-    last = min(last, LAST_BYTES // (4 * rows * size * itemsize), steps)
-    multiple = in_eights(rows)
-    return max(1, last // multiple) * multiple
+    last = LAST if rows % EIGHT == units % UNITS == 0 else ODD_LAST
+    last = ROW_LAST if rows == 1 else last
+    last = min(last, LAST_BYTES // (4 * rows * units * itemsize), steps)
+    return max(last, fewest(rows))
 
 
-def cuts(
-    steps: int, last: int, multiple: int, *, reverse: bool, most: int | None = None
-) -> list[Cut]:
+def cuts(steps: int, last: int, *, reverse: bool, most: int | None = None) -> list[Cut]:
     """Cuts time into pieces, in the order in which they run.
 
-    What `project` runs over is `last` steps at least, and a `multiple`. So for the last
-    piece, which may have fewer, some steps before it are projected again.
+    What `project` runs over is `last` steps at least. So for the last piece, which may
+    have fewer, some steps before it are projected again.
 
     Args:
       steps: T.
       last: From `last_steps`.
-      multiple: From `in_eights`.
       reverse: The last steps come first.
       most: Steps of a piece; None for as many as fit.
 
-    >>> [(cut.first, cut.count, cut.plane) for cut in cuts(27, 4, 1, reverse=False)]
+    >>> [(cut.first, cut.count, cut.plane) for cut in cuts(27, 4, reverse=False)]
     [(0, 5, 5), (5, 4, 9), (9, 4, 0), (13, 4, 0), (17, 4, 0), (21, 4, 0), (25, 2, 0)]
     """
     found, left = [], steps
     while left:
-        fits = min(left // 5, most or steps) // multiple * multiple
+        fits = min(left // 5, most or steps)
         within = fits >= last
         count = fits if within else min(left, last)
         left -= count
@@ -176,6 +177,7 @@ def in_pieces(
     resets: Shaped[Array, "T N"] | Shaped[Array, "0 0"],
     hidden: int,
     *,
+    held: tuple[int, int],
     plan: Plan,
     reverse: bool,
 ) -> tuple[Array, Array, Array]:
@@ -191,6 +193,7 @@ def in_pieces(
       lengths: 0 to T.
       resets: Of all steps, or empty.
       hidden: H.
+      held: From `held_sizes`.
       plan: Of the kernel.
       reverse: The last steps come first.
 
@@ -198,21 +201,20 @@ def in_pieces(
       `(hs [T, B, H], c [N, P], h [N, P])`.
     """
     steps, batch, _ = inputs.shape
-    size, dtype = h.shape[1], h.dtype
-    held = held_rows(steps, (batch, hidden), plan)
-    copied, multiple = copies(inputs, held), in_eights(held)
+    (rows, units), dtype = held, h.dtype
+    copied = copies(inputs, rows)
 
     def nothing(steps: int) -> Any:
-        return compat.in_place(lax.empty((steps * held, size), dtype))
+        return compat.in_place(lax.empty((steps * rows, units), dtype))
 
     def values(hs: Any) -> Array:
-        return jax.freeze(hs).reshape(-1, held, size)
+        return jax.freeze(hs).reshape(-1, rows, units)
 
-    if (batch, hidden) == (held, plan.size(hidden)):
-        last = last_steps(steps, held, size, dtype.itemsize)
+    if (batch, hidden) == held:
+        last = last_steps(steps, rows, units, dtype.itemsize)
         hs, apart = nothing(steps), nothing(4 * last)
-        most = max(last, up(steps // PIECES, multiple)) if copied else None
-        found = cuts(steps, last, multiple, reverse=reverse, most=most)
+        most = max(last, steps // PIECES) if copied else None
+        found = cuts(steps, last, reverse=reverse, most=most)
         most = max(cut.apart for cut in found) if copied else steps
         for cut in found:
             start = min(cut.projected, steps - most)
@@ -221,27 +223,28 @@ def in_pieces(
                 some, c = lax.optimization_barrier((some, c))
             project(some, hs if cut.within else apart, cut.to_project(start), last)
             planes = None if cut.within else apart
-            piece = Piece(hs, planes, cut.to_run(), cut.count, held)
+            piece = Piece(hs, planes, cut.to_run(), cut.count, rows)
             c, h = run(piece, c, h, lengths, resets)
         return values(hs), c, h
 
     def filled_up(sequences: Any, state: Any, *masks: Array) -> Any:
         (numbers,) = sequences
-        count, apart = len(numbers), up(len(numbers), multiple)
+        count = len(numbers)
+        apart = max(count, fewest(rows))
         # The last piece may project some steps before it again, as in `cuts`.
         cut = Cut(0, count, 0, count - apart, apart, within=False)
         now, some = cut.to_project(-numbers[0]), inputs
         if copied:  # as `project` would of all of them
             some = lax.dynamic_slice_in_dim(inputs, now[0], apart)
             now = now.at[0].set(0)
-        planes = nothing(4 * apart)
+        hs = planes = nothing(4 * apart)
         project(some, planes, now, apart)
-        if held % plan.rows:  # two tiles have some rows both
-            piece = Piece(nothing(apart), planes, cut.to_run(), count, held)
-        else:
-            piece = Piece(planes, None, cut.to_run(), count, held)
+        if rows % plan.rows or units % UNITS:  # some are of two tiles or groups
+            hs = nothing(apart)
+        apart_of_hs = None if hs is planes else planes
+        piece = Piece(hs, apart_of_hs, cut.to_run(), count, rows)
         state = run(piece, *state, *masks)
-        return (values(piece.hs)[:count, :batch, :hidden],), state
+        return (values(hs)[:count, :batch, :hidden],), state
 
     (hs,), (c_last, h_last) = in_copies(
         filled_up,
@@ -252,9 +255,8 @@ def in_pieces(
         results=[jax.ShapeDtypeStruct((steps, batch, hidden), dtype)],
         size=piece_steps(
             steps,
-            (2 if copied else 1) * shortest(steps),
-            4 * held * size * dtype.itemsize,
-            multiple,
+            max((2 if copied else 1) * shortest(steps), fewest(rows)),
+            4 * rows * units * dtype.itemsize,
         ),
         reverse=reverse,
     )
@@ -270,22 +272,19 @@ def shortest(steps: int) -> int:
     return min(LEAST, -(-steps // PIECES))
 
 
-def piece_steps(steps: int, least: int, projected: int, multiple: int = 1) -> int:
+def piece_steps(steps: int, least: int, projected: int) -> int:
     """Returns the steps of a copied piece; all have as many, but for the last.
 
     Args:
-      steps: T, at least `multiple`.
+      steps: T.
       least: Steps that it has, where there are that many.
       projected: Bytes of what is projected for a step.
-      multiple: Of which the steps are one.
 
-    >>> piece_steps(244, 16, 1 << 20), piece_steps(243, 8, 1 << 20, 8)
-    (17, 8)
+    >>> piece_steps(244, 16, 1 << 20)
+    17
     """
-    least = -(-max(LAST, least, PROJECTED // projected) // multiple)
-    whole = -(-steps // multiple)
-    found = -(-whole // max(1, whole // least))
-    return min(found, steps // multiple) * multiple
+    least = max(LAST, least, PROJECTED // projected)
+    return -(-steps // max(1, steps // least))
 
 
 def trained_steps(

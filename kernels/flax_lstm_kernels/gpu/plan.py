@@ -118,7 +118,10 @@ class Sizes(NamedTuple):
 
 
 def single_bytes(sizes: Sizes, rows: int, stages: int) -> int:
-    """Returns the shared memory that `single` asks for: the sum of its scratch."""
+    """Returns the shared memory that `single` asks for: the sum of its scratch.
+
+    Or more: it has no `stages` where gates go through registers (`Kind.by_eights`).
+    """
     size, item = up(sizes.hidden, UNITS), sizes.itemsize
     weights, tile = 4 * size * size * item, rows * size
     if sizes.which == "forward":

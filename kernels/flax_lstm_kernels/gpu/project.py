@@ -7,10 +7,11 @@ What a product of XLA cannot do: it reads the inputs of a piece of time where th
 and writes where there is room, here, in place, and in the order i f g o of gates.
 
 Axes     T time, M rows of a step in inputs and planes, a row of all steps after the
-         other; I input size, P hidden size in whole 64s; S planes.
+         other; I input size; W units of a plane, and P the same in whole 64s; S planes.
 Grid     (units in 64s, blocks that stay). A tile is `rows` rows of all; each block has
-         every so-manyth. The last one ends at the last row. What it then has of the one
-         before it is whole eights, and not written again.
+         every so-manyth. The last one ends at the last row, the last 64 units at the
+         last unit. What they then have of those before is written twice, and the same;
+         whole eights of rows are not.
 Threads  One warpgroup, which computes z^T `[64, rows]` of four gates.
 Chunks   Of 32 inputs. The last ends at the last input; what the one before has had of
          it is set to 0, as are the weights for it (of an Inf, 0 times is NaN).
@@ -20,18 +21,22 @@ Inputs   Go through registers, to be rounded to tf32, and as TMA wants rows of w
 Weights  Come by TMA as they lie, chunks of four gates in a ring that goes on over
          tiles: `STAGES` of 16 bits, which wgmma takes so; `TO_TURN` of float32, which
          it does not. Those are turned in registers into one of two other places, while
-         the products of the chunk before run.
+         the products of the chunk before run. Where W is no whole 64s or the weights no
+         whole chunks, as TMA would want them, they go through registers as the inputs
+         do, and float32 is turned on its way from global memory.
 Barriers One a chunk, `commit_smem`, and one a tile. A thread reaches that of a chunk
          when its products of two chunks before are done (`wgmma_wait`): so after it the
-         weights of two before may be overwritten, and those inputs before the next one
-         (`TURNS`, three places). Of float32 those of one before are done: the other
-         place of turned weights may be written, and what they were turned from is read.
+         weights of two before may be overwritten, and what went through registers
+         before the next one (`TURNS`, three places). Of float32 those of one before are
+         done: the other place of turned weights may be written, and what they were
+         turned from is read.
          What is read of `z_tile` is overwritten at the next tile, a chunk's barrier
          later.
 Numerics As `single`: operands as tf32; sums and bias in float32, rounded once.
 Measured Not yet run on hardware.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +53,7 @@ from flax_lstm_kernels.gpu.common import (
     Registers,
     as_operand,
     multiplied_turned,
+    place_of,
     plain_product,
     tiled,
 )
@@ -82,12 +88,12 @@ class Cut(NamedTuple):
 
     @classmethod
     def of(cls, least: int, inner: int, itemsize: int) -> "Cut":
-        """Chooses for `least` rows or more, of I inputs.
+        """Chooses for `least` rows or more, 8 at least, of I inputs.
 
-        >>> Cut.of(1024, 300, 2), Cut.of(16, 33, 4)
+        >>> Cut.of(1024, 300, 2), Cut.of(17, 33, 4)
         (Cut(inner=300, rows=64, vector=4), Cut(inner=33, rows=16, vector=1))
         """
-        rows = min(MOST_ROWS, least)
+        rows = min(MOST_ROWS, least // EIGHT * EIGHT)
         # A load of 16 bytes at the most, aligned in every row; four warps' rows.
         fits = (
             vector
@@ -128,9 +134,9 @@ class Block(NamedTuple):
     kernel: Any
     bias: Any
     x_turns: Any
-    stages: Any
     z_tile: Any
-    arrived: Any
+    stages: Any = None
+    arrived: Any = None
     turns: Any = None
 
     def load(self, ref: Any, vector: int) -> Any:
@@ -151,7 +157,45 @@ class Block(NamedTuple):
     @property
     def as_they_lie(self) -> bool:
         """Says whether weights are multiplied as they lie."""
-        return multiplied_turned(self.stages.dtype)
+        return multiplied_turned(self.kernel.dtype)
+
+    @property
+    def by_copies(self) -> bool:
+        """Says whether weights come by TMA."""
+        return self.arrived is not None
+
+    def in_memory(self, chunk: Any, units: int) -> tuple[list[Any], Any]:
+        """Returns where the weights of a chunk lie, by registers.
+
+        And how many of its inputs the chunk before has, too.
+
+        Args:
+          chunk: Its number.
+          units: How many at a time; there are as many places of each gate as it takes.
+        """
+        rows, again = place_of(chunk * WIDTH, WIDTH, WIDTH, self.cut.inner)
+        own, _ = place_of(self.group * UNITS, UNITS, UNITS, self.kernel.shape[-1])
+        places = [
+            self.kernel.at[rows, n, pl.ds(own.start + first, units)]
+            for n in range(GATES)
+            for first in range(0, UNITS, units)
+        ]
+        return places, again
+
+    def brought(self, chunk: Any) -> list[Any]:
+        """Loads the weights of a chunk as they lie, 32 units at a time."""
+        places, again = self.in_memory(chunk, WIDTH)
+        width = self.kernel.shape[-1]
+        vector = next(vector for vector in (8, 4, 2) if width % vector == 0)
+        without = partial(self.registers.without, layout=layout(WIDTH, vector))
+        return [without(self.load(place, vector), 0, again) for place in places]
+
+    def keep(self, weights: list[Any], slot: Any) -> None:
+        """Stores what was `brought`, if it was."""
+        for number, value in enumerate(weights):
+            n, half = divmod(number, UNITS // WIDTH)
+            units = pl.ds(half * WIDTH, WIDTH)
+            compat.store(self.stages.at[slot, n, :, units], value)
 
     def given(self, m: Any, chunk: Any) -> Any:
         """Loads a chunk of the inputs of the m-th tile."""
@@ -164,20 +208,10 @@ class Block(NamedTuple):
         """Turns a chunk as loaded into one to multiply."""
         chunks, shared = cut_inputs(self.cut.inner)
         if shared:
-            column = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-            if not self.registers.plain:
-                column = plgpu.layout_cast(column, layout(WIDTH, self.cut.vector))
-            before = jnp.where(chunk == chunks - 1, shared, 0)
-            x = jnp.where(column < before, jnp.zeros((), x.dtype), x)
+            again = jnp.where(chunk == chunks - 1, shared, 0)
+            given = layout(WIDTH, self.cut.vector)
+            x = self.registers.without(x, 1, again, given)
         return as_operand(x, x.dtype)
-
-    def per_unit(self, ref: Any) -> Any:
-        """Loads `[64]` of global memory, one for each unit, as `[64, rows]`."""
-        if self.registers.plain:
-            value = ref[...]
-        else:
-            value = compat.load(ref, plgpu.Layout.WGMMA.reduce(1))
-        return lax.broadcast_in_dim(value, (UNITS, self.cut.rows), (0,))
 
     def run(self) -> None:
         """Projects all tiles of the block."""
@@ -187,7 +221,8 @@ class Block(NamedTuple):
         mine = lax.div(left + self.apart - 1, self.apart)
         total = mine * chunks
 
-        stages = self.stages.shape[0]
+        by_copies = self.by_copies
+        stages = self.stages.shape[0] if by_copies else TURNS
 
         def fetch(count: Any, nothing: None = None) -> None:
             """Asks for weights; counts chunks of all tiles."""
@@ -201,36 +236,49 @@ class Block(NamedTuple):
 
         def turn(count: Any) -> None:
             """Waits for weights, and turns them."""
-            slot = lax.rem(count, stages)
-            plgpu.barrier_wait(self.arrived.at[slot])
-            for n in range(GATES):
-                weights = self.registers.load(self.stages.at[slot, n])
-                place = self.turns.at[lax.rem(count, 2), n]
-                compat.store(place, as_operand(weights, place.dtype))
+            slot, again = lax.rem(count, stages), 0
+            if by_copies:
+                plgpu.barrier_wait(self.arrived.at[slot])
+                places = [self.stages.at[slot, n] for n in range(GATES)]
+            else:
+                places, again = self.in_memory(lax.rem(count, chunks), UNITS)
+            for n, place in enumerate(places):
+                weights = self.registers.without(self.registers.load(place), 1, again)
+                here = self.turns.at[lax.rem(count, 2), n]
+                compat.store(here, as_operand(weights, here.dtype))
 
         def given(count: Any) -> Any:
             """Loads a chunk of the inputs; of those that there are not, the last."""
             count = jnp.minimum(count, total - 1)
             return self.given(lax.div(count, chunks), lax.rem(count, chunks))
 
+        def brought(count: Any) -> list[Any]:
+            """Loads a chunk of the weights, where they go through registers."""
+            if by_copies or not self.as_they_lie:
+                return []
+            return self.brought(lax.rem(count, chunks))
+
         def multiply(ahead: Any, m: Any, k: Any, products: Any) -> Any:
             """Runs `products(weights, x)` of a chunk; returns those ahead, and sums."""
             count = m * chunks + k
-            x = self.x_turns.at[lax.rem(count, TURNS)]
-            compat.store(x, self.operand(ahead[0], k))
+            inputs, weights = ahead
+            x, slot = self.x_turns.at[lax.rem(count, TURNS)], lax.rem(count, stages)
+            compat.store(x, self.operand(inputs[0], k))
+            self.keep(weights, slot)
             plgpu.commit_smem()
             if self.as_they_lie:
-                later = count - 2 + stages
-                pl.when((count >= 2) & (later < total))(partial(fetch, later))
-                slot = lax.rem(count, stages)
-                plgpu.barrier_wait(self.arrived.at[slot])
+                if by_copies:
+                    later = count - 2 + stages
+                    pl.when((count >= 2) & (later < total))(partial(fetch, later))
+                    plgpu.barrier_wait(self.arrived.at[slot])
                 found = products(self.stages.at[slot], x)
             else:
                 later = count + stages
-                pl.when(later < total)(partial(fetch, later))
+                if by_copies:
+                    pl.when(later < total)(partial(fetch, later))
                 found = products(self.turns.at[lax.rem(count, 2)], x)
                 pl.when(count + 1 < total)(partial(turn, count + 1))
-            return (*ahead[1:], given(count + AHEAD)), found
+            return ((*inputs[1:], given(count + AHEAD)), brought(count + 1)), found
 
         def sums(ahead: Any, m: Any) -> tuple[Any, Any]:
             """Returns the next tile's first chunks, and z^T of this one's gates."""
@@ -279,14 +327,17 @@ class Block(NamedTuple):
                 self.registers.store(self.z_tile.at[n], z[n] + bias[n])
             plgpu.commit_smem()
             row, twice = self.row(m)
-            units = pl.ds(self.group * UNITS, UNITS)
+            width = self.planes.shape[-1]
+            units, _ = place_of(self.group * UNITS, UNITS, UNITS, width)
+            vector = math.gcd(4, width)
             for eight in range(0, self.cut.rows, EIGHT):
 
-                @pl.when(eight >= twice)
+                @pl.when(eight + EIGHT > twice)
                 def write(eight: int = eight) -> None:
                     for n in range(GATES):
                         first = self.now[2] + n * self.now[1] + row + eight
-                        value = self.load(self.z_tile.at[n, pl.ds(eight, EIGHT)], 4)
+                        some = self.z_tile.at[n, pl.ds(eight, EIGHT)]
+                        value = self.load(some, vector)
                         place = self.planes.at[pl.ds(first, EIGHT), units]
                         compat.store(place, value)
 
@@ -294,20 +345,28 @@ class Block(NamedTuple):
 
         @pl.when(mine > 0)
         def some() -> None:
-            lax.fori_loop(0, jnp.minimum(stages, total), fetch, None)
-            bias = [self.per_unit(self.bias.at[self.group, n]) for n in range(GATES)]
-            ahead = tuple(given(count) for count in range(AHEAD))
+            if by_copies:
+                lax.fori_loop(0, jnp.minimum(stages, total), fetch, None)
+            bias = [
+                self.registers.per_unit(self.bias.at[self.group, n], self.cut.rows)
+                for n in range(GATES)
+            ]
+            ahead = tuple(given(count) for count in range(AHEAD)), brought(0)
             if not self.as_they_lie:
                 turn(0)
             lax.fori_loop(0, mine, partial(tile, bias=bias), ahead)
 
 
-def body(*refs: Any, cut: Cut, blocks: int, rows: int, plain: bool) -> None:
-    """Runs one block; see the module."""
+def body(
+    *refs: Any, cut: Cut, blocks: int, rows: int, plain: bool, names: tuple[str, ...]
+) -> None:
+    """Runs one block; see the module. `names` are those of its last references."""
     now, *rest = refs
     place = lax.axis_index("group"), lax.axis_index("block"), blocks
     in_rows = now[0] * rows, now[1] * rows, now[2] * rows
-    Block(cut, Registers(plain), *place, in_rows, *rest).run()
+    given, scratch = rest[: -len(names)], rest[-len(names) :]
+    named = dict(zip(names, scratch, strict=True))
+    Block(cut, Registers(plain), *place, in_rows, *given, **named).run()
 
 
 def project(
@@ -318,7 +377,6 @@ def project(
     *,
     rows: int,
     least: int,
-    size: int,
     interpret: Any = None,
 ) -> None:
     """Writes the projection of some steps, and nothing else, into some planes.
@@ -327,36 +385,45 @@ def project(
       inputs: In the computation dtype. Copied only as `inputs_to_project` does, which
         a loop may have done before.
       weights: From `weights_of_inputs`.
-      planes: `compat.in_place` of `[S M, P]` in the computation dtype.
+      planes: `compat.in_place` of `[S M, W]` in the computation dtype.
       now: First step, number of steps, first plane. Gate n of step k, from the first,
         goes to plane `n steps + k`, from the first.
-      rows: M, at least B. The number of steps times M is a multiple of 8.
-      least: The number of steps is never less, unless it is 0.
-      size: P.
+      rows: M, at least B.
+      least: The number of steps is never less, unless it is 0. They have eight rows.
       interpret: Runs on any device: True, or the interpreter's parameters.
     """
     inputs = inputs_to_project(inputs, rows)
     steps, _, inner = inputs.shape
-    dtype, groups = inputs.dtype, size // UNITS
-    stages, turns = STAGES, []
-    if not multiplied_turned(dtype):
-        stages, turns = TO_TURN, [tiles((2, GATES, UNITS, WIDTH), dtype)]
+    dtype, groups = inputs.dtype, len(weights.bias)
     cut = Cut.of(least * rows, inner, dtype.itemsize)
+    given, _, units = weights.kernel.shape
+    by_copies = given % WIDTH == units % UNITS == 0
+    as_they_lie = multiplied_turned(dtype)
+    stages = (STAGES if as_they_lie else TO_TURN) if by_copies else TURNS
+    scratch = {
+        "x_turns": tiles((TURNS, cut.rows, WIDTH), dtype),
+        "z_tile": tiled((GATES, cut.rows, UNITS), dtype),
+    }
+    if by_copies or as_they_lie:
+        scratch["stages"] = tiles((stages, GATES, WIDTH, UNITS), dtype)
+    if by_copies:
+        scratch["arrived"] = plgpu.Barrier(num_arrivals=GATES, num_barriers=stages)
+    if not as_they_lie:
+        scratch["turns"] = tiles((2, GATES, UNITS, WIDTH), dtype)
     # Of 16 bits, a multiprocessor has room for two.
     at_once = BLOCKS * (2 if dtype.itemsize == 2 else 1)
     blocks = min(max(1, at_once // groups), -(-steps * rows // cut.rows))
     run = compat.kernel(
         partial(
-            body, cut=cut, blocks=blocks, rows=rows, plain=Registers.of(interpret).plain
+            body,
+            cut=cut,
+            blocks=blocks,
+            rows=rows,
+            plain=Registers.of(interpret).plain,
+            names=tuple(scratch),
         ),
         out_type=[],
-        scratch_types=[
-            tiles((TURNS, cut.rows, WIDTH), dtype),
-            tiles((stages, GATES, WIDTH, UNITS), dtype),
-            tiled((GATES, cut.rows, UNITS), dtype),
-            plgpu.Barrier(num_arrivals=GATES, num_barriers=stages),
-            *turns,
-        ],
+        scratch_types=list(scratch.values()),
         interpret=interpret,
         name="flax_lstm_project",
         auto_barriers=False,  # see Barriers above

@@ -1,7 +1,7 @@
 """Weights and inputs in the form in which `project` reads them.
 
-Axes     T time, B batch, I input size, G = 4H in gate order i f g o, P hidden size in
-         whole 64s.
+Axes     T time, B batch, I input size, G = 4H in gate order i f g o, W and P units as
+         in `arrange`.
 Chunks   Of 32 inputs. The last ends at the last input; for what the one before has had
          of it the weights are 0.
 """
@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_lstm_kernels.gpu.arrange import UNITS, fill, gates_apart
+from flax_lstm_kernels.gpu.arrange import (
+    UNITS,
+    fill,
+    gates_apart,
+    in_groups,
+    in_tiles,
+)
 from flax_lstm_kernels.gpu.cluster_tiles import WIDTH
 
 GATES = 4
@@ -22,7 +28,7 @@ class Weights(NamedTuple):
     """Weights of the inputs as the kernel reads them.
 
     Attributes:
-      kernel: `[32 chunks, 4, P]`.
+      kernel: `[32 chunks, 4, W]`, or `[I, 4, W]`.
       bias: `[P / 64, 4, 64]` in float32.
     """
 
@@ -31,27 +37,29 @@ class Weights(NamedTuple):
 
 
 def weights_of_inputs(
-    kernel: Float[Array, "I G"], bias: Float[Array, " G"], size: int, dtype: Any
+    kernel: Float[Array, "I G"],
+    bias: Float[Array, " G"],
+    held: tuple[int, int],
+    dtype: Any,
 ) -> Weights:
-    """Arranges the weights; copies none in whole chunks and groups.
+    """Arranges the weights; copies none but to whole chunks, which TMA wants.
+
+    Not to have them there twice, those for one row are left as they are, and those of
+    units of no whole 64, which TMA would not take.
 
     Args:
       kernel: Weights of the inputs.
       bias: Bias.
-      size: P; units are filled up with zeros.
+      held: M and W.
       dtype: Computation dtype.
     """
-    bias = gates_apart(bias.astype(jnp.float32), size)
-    bias = bias.reshape(GATES, size // UNITS, UNITS).swapaxes(0, 1)
-    wide = gates_apart(kernel.astype(dtype), size)
-    wide = fill(wide, 0, max(WIDTH, wide.shape[0]))
-    inner = wide.shape[0]
-    _, shared = cut_inputs(inner)
-    if shared:
-        new = inner - WIDTH + shared  # where the last chunk goes on
-        nothing = jnp.zeros((shared, *wide.shape[1:]), wide.dtype)
-        wide = jnp.concatenate([wide[:new], nothing, wide[new:]])
-    return Weights(wide, bias)
+    rows, units = held
+    bias = in_groups(gates_apart(bias.astype(jnp.float32)), 1, units)
+    bias = bias.reshape(GATES, -1, UNITS).swapaxes(0, 1)
+    kernel = gates_apart(kernel.astype(dtype), units)
+    if rows == 1 or units % UNITS:
+        return Weights(fill(kernel, 0, max(WIDTH, len(kernel))), bias)
+    return Weights(in_tiles(kernel, 0, WIDTH, once=True), bias)
 
 
 def copies(inputs: Float[Array, "T B I"], rows: int) -> bool:

@@ -19,8 +19,10 @@ Barriers None but those written here: 3 of a warpgroup in a step, where Pallas'
          thread reaches when it has read: of h, a step later; of the gates that came in,
          at the next step's fetch. What goes out is overwritten after
          `wait_smem_to_gmem`, where all threads wait.
-Memory   What is kept of the gates takes the place of those before activation; of a
-         piece nothing is kept, and hs is written in place.
+Pieces   Nothing is kept, and hs is written in place. Where its rows or units are not
+         what TMA copies (`Kind.by_eights`), gates and hs of a step go through registers
+         alone, the gates a step ahead, as in `cluster`.
+Memory   What is kept of the gates takes the place of those before activation.
 Masks    Past a row's length c and h stay and hs is 0; at a reset h R and c are taken
          as 0.
 Numerics Products take bfloat16, float16, or float32 as tf32 (weights and h are rounded
@@ -45,11 +47,12 @@ from flax_lstm_kernels.gpu.common import (
     as_operand,
     meet,
     multiplied_turned,
+    place_of,
     step_forward,
     tiled,
+    widened,
 )
 from flax_lstm_kernels.gpu.plan import Plan
-from flax_lstm_kernels.gpu.project_operands import EIGHT
 from flax_lstm_kernels.gpu.source import Kind, forward_results, on_source
 
 
@@ -61,41 +64,56 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
     resets_ref = take(cuts)
     hs_ref = take() if keep else hs_ref
     c_last_ref, h_last_ref, before_ref = take(), take(), take(keep)
-    weights, h_pair, z_slots, c_tile, h_tile, out_gates = (
-        take(), take(), take(), take(), take(), take(keep),
-    )  # fmt: skip
-    loaded, z_ready, step_done = take(), take(), take()
+    weights, h_pair, c_tile, h_tile = take(), take(), take(), take()
+    z_slots, row_tile = take(kind.by_eights), take(kind.held == 1)
+    out_gates = take(keep)
+    loaded, step_done, z_ready = take(), take(), take(kind.by_eights)
 
-    registers = Registers(plain)
-    groups = weights.shape[0]
+    registers, by_eights = Registers(plain), kind.by_eights
+    groups, kept = weights.shape[0], kept_dtype(h_pair.dtype)
     tile, group = lax.axis_index("tile"), lax.axis_index("group")
     rows, units = pl.ds(tile * plan.rows, plan.rows), pl.ds(group * UNITS, UNITS)
-    held = span.rows(tile, plan.rows)
+    held, own = span.rows(tile, plan.rows), span.units(group, UNITS)
     end = span.end(ends_ref[tile])
 
     def time(k: Any) -> Any:
         return span.first + (end - 1 - k if reverse else k)
 
+    def given(k: Any) -> tuple[Any, ...]:
+        """Loads gates before activation; of a step there is not, those of one."""
+        t = jnp.clip(time(k), span.first, span.first + span.count - 1)
+        places = [span.gate(t, held, n, own) for n in range(4)]
+        if span.held == 1:
+            return tuple(registers.per_unit(place, plan.rows) for place in places)
+        return tuple(registers.bring(place) for place in places)
+
+    def put(t: Any, out: Any) -> None:
+        through = None if row_tile is None else row_tile.at[group]
+        registers.put(span.place(hs_ref, t, held, own), out, through)
+
     def fetch(k: Any) -> None:
         slot = lax.rem(k, plan.stages)
         for n in range(4):
             plgpu.copy_gmem_to_smem(
-                span.gate(time(k), held, n, units),
+                span.gate(time(k), held, n, own),
                 z_slots.at[slot, group, n],
                 z_ready.at[group * plan.stages + slot],
             )
 
-    ready = loaded.at[group]
+    ready, copied = loaded.at[group], weights_ref.shape[0] % UNITS == 0
     for n in range(4):
         for k in range(groups):
-            columns = pl.ds(k * UNITS, UNITS)
-            plgpu.copy_gmem_to_smem(
-                weights_ref.at[columns, n, units], weights.at[group, n, k], ready
-            )
+            place, again = place_of(k * UNITS, UNITS, UNITS, weights_ref.shape[0])
+            some, here = weights_ref.at[place, n, own], weights.at[group, n, k]
+            if copied:
+                plgpu.copy_gmem_to_smem(some, here, ready)
+            else:
+                registers.store(here, registers.without(registers.load(some), 1, again))
     plgpu.copy_gmem_to_smem(h_ref.at[rows, units], h_pair.at[0, group], ready)
     plgpu.copy_gmem_to_smem(c_ref.at[rows, units], c_tile.at[group], ready)
-    for k in range(plan.stages - 1):
-        pl.when(k < end)(partial(fetch, k))
+    if by_eights:
+        for k in range(plan.stages - 1):
+            pl.when(k < end)(partial(fetch, k))
     lengths = registers.per_row(lengths_ref.at[tile])
     plgpu.barrier_wait(ready)
     c_first = registers.load(c_tile.at[group])
@@ -106,11 +124,15 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
             for k in range(groups):
                 registers.turn(weights.at[group, n, k])
         registers.store(h_pair.at[0, group], as_operand(h_first, h_pair.dtype))
+    if not (turned and copied):
         plgpu.commit_smem()
     meet(step_done, groups)
 
     def write(k: Any, out: Any, gates: Any, c_old: Any) -> None:
         """Sends off what a step leaves in memory; the tiles are free after `wait`."""
+        t = time(k)
+        if not by_eights:
+            return put(t, out)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         registers.store(h_tile.at[group], out)
         if keep:
@@ -118,39 +140,43 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
             for n, gate in enumerate(gates):
                 registers.store(out_gates.at[group, n], gate)
         plgpu.commit_smem()
-        t = time(k)
         if keep:
             for n in range(4):
                 plgpu.copy_smem_to_gmem(
                     out_gates.at[group, n],
-                    span.gate(t, held, n, units),
+                    span.gate(t, held, n, own),
                     commit_group=False,
                 )
             plgpu.copy_smem_to_gmem(
                 c_tile.at[group], before_ref.at[t, rows, units], commit_group=False
             )
-        plgpu.copy_smem_to_gmem(h_tile.at[group], span.place(hs_ref, t, held, units))
+        plgpu.copy_smem_to_gmem(h_tile.at[group], span.place(hs_ref, t, held, own))
 
     def step(k: Any, carry: Any) -> Any:
-        c_old, h_old, last = carry
+        c_old, h_old, last, ahead = carry
         t, now, slot = time(k), lax.rem(k, 2), lax.rem(k, plan.stages)
         pairs = [
             [(weights.at[group, n, m], h_pair.at[now, m]) for m in range(groups)]
             for n in range(4)
         ]
 
-        def meanwhile() -> tuple[Any, Any]:
-            """Does what does not wait for h; returns gates and resets of the step."""
+        def meanwhile() -> tuple[Any, ...]:
+            """Does what does not wait for h; returns gates, resets and what is ahead.
+
+            Gates and resets are the step's, ahead are the next one's gates.
+            """
             pl.when(k > 0)(lambda: write(k - 1, *last))
-            later = k + plan.stages - 1
-            pl.when(later < end)(lambda: fetch(later))
             fresh = None if resets_ref is None else resets_ref.at[t, tile]
             fresh = None if fresh is None else registers.per_row(fresh) != 0
+            if not by_eights:
+                return [widened(z, h_pair.dtype) for z in ahead], fresh, given(k + 1)
+            later = k + plan.stages - 1
+            pl.when(later < end)(lambda: fetch(later))
             plgpu.barrier_wait(z_ready.at[group * plan.stages + slot])
             slots = [z_slots.at[slot, group, n] for n in range(4)]
-            return [registers.load(z, h_pair.dtype) for z in slots], fresh
+            return [registers.load(z, h_pair.dtype) for z in slots], fresh, ahead
 
-        recurrent, (z, fresh) = registers.sums(pairs, meanwhile, turned=turned)
+        recurrent, (z, fresh, ahead) = registers.sums(pairs, meanwhile, turned=turned)
         approximate = h_pair.dtype.itemsize == 2
         gates, c_start, (c, h) = step_forward(
             z, recurrent, c_old, fresh, approximate=approximate
@@ -162,16 +188,18 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
         plgpu.commit_smem()
         meet(step_done, groups)
         out = jnp.where(live, h, 0.0).astype(h_pair.dtype)
-        gates = tuple(gate.astype(z_slots.dtype) for gate in gates)
-        return c, h, (out, gates, c_start)
+        gates = tuple(gate.astype(kept) for gate in gates)
+        return c, h, (out, gates, c_start), ahead
 
     # Of the layout of registers that the loop carries; never written out.
     nothing = (
         h_first.astype(h_pair.dtype),
-        (c_first.astype(z_slots.dtype),) * 4,
+        (c_first.astype(kept),) * 4,
         c_first,
     )
-    c, h, last = lax.fori_loop(0, end, step, (c_first, h_first, nothing))
+    ahead = None if by_eights else given(0)
+    first = c_first, h_first, nothing, ahead
+    c, h, last, _ = lax.fori_loop(0, end, step, first)
     pl.when(end > 0)(lambda: write(end - 1, *last))
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -186,7 +214,11 @@ def body(*refs, plan: Plan, kind: Kind, reverse: bool, cuts: bool, plain: bool):
 
     def clear(k: Any, nothing: None) -> None:
         t = span.first + k
-        plgpu.copy_smem_to_gmem(h_tile.at[group], span.place(hs_ref, t, held, units))
+        if by_eights:
+            place = span.place(hs_ref, t, held, own)
+            plgpu.copy_smem_to_gmem(h_tile.at[group], place)
+        else:
+            put(t, jnp.zeros((UNITS, plan.rows), h_tile.dtype))
 
     lax.fori_loop(end, span.count, clear, None)
     plgpu.wait_smem_to_gmem(0)
@@ -209,7 +241,7 @@ def forward_pass(
     Args:
       source: The gates of all steps before activation, `[T, N, 4, P]`, from
         `projected`; or a `Piece`.
-      weights: `[P, 4, P]` in the computation dtype, from `recurrent_weights`.
+      weights: `[W, 4, W]` in the computation dtype, from `recurrent_weights`.
       c: `[N, P]` in float32.
       h: `[N, P]` in the computation dtype.
       lengths: int32 `[N]`.
@@ -221,30 +253,30 @@ def forward_pass(
     Returns:
       `(hs [T, N, P], c, h, gates [T, N, 4, P], before [T, N, P])`, the gates in the
       place of those given; of a piece `(c, h)`.
-
-    Raises:
-      ValueError: If a piece has rows that are no whole eights, in which TMA would copy.
     """
     kind = Kind.of(source)
-    if kind.held is not None and kind.held % EIGHT:
-        raise ValueError(f"single: rows of a piece come in eights; got {kind.held}")
     (filled, size), dtype = c.shape, weights.dtype
     groups, kept = size // UNITS, kept_dtype(dtype) if kind.keep else dtype
     place = (plan.rows, UNITS)
+    copies = 2 + (0 if len(weights) % UNITS else 4 * groups)
     scratch = [
         tiled((groups, 4, groups, UNITS, UNITS), dtype),
         tiled((2, groups, *place), dtype),
-        tiled((plan.stages, groups, 4, *place), kept),
         tiled((groups, *place), jnp.float32),
         tiled((groups, *place), dtype),
     ]
+    if kind.by_eights:
+        scratch.append(tiled((plan.stages, groups, 4, *place), kept))
+    if kind.held == 1:
+        scratch.append(plgpu.SMEM((groups, *place), dtype))
     if kind.keep:
         scratch.append(tiled((groups, 4, *place), kept))
     scratch += [
-        plgpu.Barrier(num_arrivals=4 * groups + 2, num_barriers=groups),
-        plgpu.Barrier(num_arrivals=4, num_barriers=groups * plan.stages),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=groups),
         plgpu.Barrier(num_arrivals=groups, num_barriers=1),
     ]
+    if kind.by_eights:
+        scratch.append(plgpu.Barrier(num_arrivals=4, num_barriers=groups * plan.stages))
     operands = [weights, c, h, *tile_masks(lengths, resets, plan.rows)]
     run = compat.kernel(
         partial(

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from flax_lstm_kernels.gpu.common import as_operand, step_forward
-from flax_lstm_kernels.gpu.slabs import UNITS
+from flax_lstm_kernels.gpu.common import as_operand, place_of, step_forward
+from flax_lstm_kernels.gpu.slabs import SLAB, UNITS
 from flax_lstm_kernels.gpu.source import Span
 
 
@@ -25,7 +25,7 @@ class Forward(NamedTuple):
     Attributes:
       span: The steps, and where their pre-activations lie, in the bits of the
         computation dtype; with what is kept the gates take their place.
-      weights: `[P, 4, P]`, from `recurrent_weights`; None where the block keeps its
+      weights: `[W, 4, W]`, from `recurrent_weights`; None where the block keeps its
         slab.
       lengths: `[rows]`.
       resets: `[T, rows]`, or None.
@@ -46,7 +46,9 @@ class Forward(NamedTuple):
         """Returns the weights of a block of units."""
         if self.weights is None:
             return None
-        return self.weights.at[:, :, pl.ds(unit * UNITS, UNITS)]
+        # As wide as gates are, or, where TMA refused that, filled up.
+        units, _ = place_of(unit * UNITS, UNITS, SLAB, self.weights.shape[-1])
+        return self.weights.at[:, :, units]
 
     def step(
         self,
@@ -78,10 +80,10 @@ class Forward(NamedTuple):
           c: The cell before the step, float32.
           h: The output before the step, float32.
         """
-        units = pl.ds(unit * UNITS, UNITS)
+        units, own = pl.ds(unit * UNITS, UNITS), self.span.units(unit, UNITS)
         # Nothing here depends on the other blocks: it is read ahead of the wait.
         dtype = self.hs.dtype
-        places = [self.span.gate(t, held, n, units) for n in range(4)]
+        places = [self.span.gate(t, held, n, own) for n in range(4)]
         z = [block.load(place, dtype) for place in places]
         live = block.per_row(self.lengths.at[rows]) > t
         fresh = None
@@ -97,7 +99,7 @@ class Forward(NamedTuple):
         h = jnp.where(live, new_h, h)
         block.store(self.turns.at[1 - turn, rows, units], as_operand(h, dtype))
         flags.signal(flag)
-        place = self.span.place(self.hs, t, held, units)
+        place = self.span.place(self.hs, t, held, own)
         block.store(place, jnp.where(live, new_h, 0.0))
         if self.before is not None:
             block.store(self.before.at[t, rows, units], start)

@@ -8,10 +8,11 @@ operand, which all blocks need and each makes a part of, passes through it in an
 Axes     N rows of the tile, P hidden size in 64s; 64 = 4 gates of 16 units, or units.
 Ring     Chunks `[N, chunk]` of the operand, and of a streamed slab, in `stages` slots,
          each with its barrier.
-Weights  Are read as they lie, `[P, 4, P]`. Backward a slab is rows of it. Forward it is
-         four strips of 16 columns, turned in registers on their way: of a slab that
-         stays once, of a streamed one chunk by chunk, while the product of the chunk
-         before runs. By estimate that costs no time, for chunks come more slowly.
+Weights  Are read as they lie, `[P, 4, P]`, of inference `[W, 4, W]`. Backward a slab is
+         rows of it. Forward it is four strips of 16 columns, turned in registers on
+         their way: of a slab that stays once, of a streamed one chunk by chunk, while
+         the product of the chunk before runs. By estimate that costs no time, for
+         chunks come more slowly.
 Turn     wgmma gives `[64, N]`; the block works on `[N, 16]`, as memory lies. The sums
          are turned in shared memory.
 """
@@ -27,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from flax_lstm_kernels import compat
 from flax_lstm_kernels.gpu.common import (
     Registers,
+    place_of,
     plain_product,
     tiled,
     widened,
@@ -46,7 +48,8 @@ class Cut(NamedTuple):
       dtype: Of the operands.
       stages: Chunks under way at once.
       resident: The slab stays in shared memory.
-      strips: It does not, and comes as four strips of the weights, to be turned.
+      strips: It does not, and comes as four strips of the weights `[W, 4, W]`, to be
+        turned: this is W. 0 for a slab that comes whole.
     """
 
     rows: int
@@ -54,7 +57,7 @@ class Cut(NamedTuple):
     dtype: Any
     stages: int
     resident: bool
-    strips: bool = False
+    strips: int = 0
 
     @property
     def chunk(self) -> int:
@@ -65,6 +68,11 @@ class Cut(NamedTuple):
     def chunks(self) -> int:
         """Returns the number of copies that a slab takes."""
         return self.size // self.chunk
+
+    @property
+    def strip(self) -> int:
+        """Returns the rows of a strip in one copy: a chunk, or the 64 of a group."""
+        return SLAB if self.strips % SLAB else self.chunk
 
     def layout(self) -> Any:
         """Returns how `[N, 16]` lies in registers: adjacent threads, adjacent units."""
@@ -80,7 +88,7 @@ class Cut(NamedTuple):
         copies = 1 if self.resident else 2
         strips = []
         if self.strips:  # one slab is written while the other is multiplied
-            slabs, copies = 2, 1 + STRIPS
+            slabs, copies = 2, 1 + STRIPS * (self.chunk // self.strip)
             strips = [plgpu.SMEM((self.stages, STRIPS, self.chunk, UNITS), self.dtype)]
         return [
             tiled((slabs, SLAB, self.chunk), self.dtype),
@@ -127,7 +135,12 @@ class Block(NamedTuple):
             plgpu.commit_smem()
             row, layout = here.at[0], self.cut.layout().reduce(0)
             value = row[...] if self.plain else compat.load(row, layout)
-        compat.store(ref, value.astype(ref.dtype))
+            compat.store(ref, value.astype(ref.dtype))
+            return
+        value = value.astype(ref.dtype)
+        if not self.plain:
+            value = plgpu.layout_cast(value, self.cut.layout())  # also of zeros
+        compat.store(ref, value)
 
     def per_row(self, ref: Any) -> Any:
         """Loads `[N]` of global memory, one for each row, as `[N, 16]`."""
@@ -155,32 +168,44 @@ class Block(NamedTuple):
             plgpu.commit_smem()
 
     def keep_turned(self, weights: Any, units: Any) -> None:
-        """Fetches the slab of a block's units to stay, of weights `[P, 4, P]`."""
+        """Fetches the slab of a block's units to stay, of weights `[W, 4, W]`."""
 
         def some(k: Any, nothing: None) -> None:
-            def strip(first: int, n: int) -> Any:
-                return weights.at[pl.ds(k * self.cut.chunk + first, SLAB), n, units]
+            def strip(first: int, n: int) -> tuple[Any, Any]:
+                rows, again = self.lying(k, first, SLAB, weights.shape[0])
+                return weights.at[rows, n, units], again
 
             self.turn(strip, self.weights.at[k])
 
         lax.fori_loop(0, self.cut.chunks, some, None)
         plgpu.commit_smem()
 
-    def turn(self, strip: Callable[[int, int], Any], slab: Any) -> None:
-        """Makes `[64, chunk]` of strips; `strip(k, n)` is `[64, 16]` of gate n."""
-        pairs = [
-            (strip(first, n), slab.at[pl.ds(n * UNITS, UNITS), pl.ds(first, SLAB)])
+    def lying(self, k: Any, first: int, size: int, held: int) -> tuple[Any, Any]:
+        """Returns `place_of` some of the k-th chunk, from the first, in W weights."""
+        return place_of(k * self.cut.chunk + first, size, SLAB, held)
+
+    def turn(self, strip: Callable[[int, int], tuple[Any, Any]], slab: Any) -> None:
+        """Makes `[64, chunk]` of strips.
+
+        Args:
+          strip: Given the first row and a gate, returns `[64, 16]`, and how many of the
+            64 are to be 0, see `Registers.without`.
+          slab: In shared memory.
+        """
+        tiles = [
+            (place, slab.at[pl.ds(n * UNITS, UNITS), pl.ds(first, SLAB)], again)
             for first in range(0, self.cut.chunk, SLAB)
             for n in range(STRIPS)
+            for place, again in [strip(first, n)]
         ]
-        Registers(self.plain).bring_turned(pairs)
+        Registers(self.plain).bring_turned(tiles)
 
     def product(self, operand: Any, slab: Any) -> Any:
         """Returns `slab @ operand^T` as `[64, N]`.
 
         Args:
           operand: `[N, P]` in global memory.
-          slab: `[64, P]` in global memory, of strips `[P, 4, 16]`; None where it stays.
+          slab: `[64, P]` in global memory, of strips `[W, 4, 16]`; None where it stays.
         """
         chunk, chunks, stages = self.cut.chunk, self.cut.chunks, self.cut.stages
 
@@ -189,10 +214,13 @@ class Block(NamedTuple):
             columns, slot = pl.ds(k * chunk, chunk), lax.rem(k, stages)
             pairs = [(operand.at[:, columns], self.operands.at[slot])]
             if self.cut.strips:
-                pairs += [
-                    (slab.at[columns, n, :], self.strips.at[slot, n])
-                    for n in range(STRIPS)
-                ]
+                for first in range(0, chunk, self.cut.strip):
+                    rows, _ = self.lying(k, first, self.cut.strip, self.cut.strips)
+                    here = pl.ds(first, self.cut.strip)
+                    pairs += [
+                        (slab.at[rows, n, :], self.strips.at[slot, n, here, :])
+                        for n in range(STRIPS)
+                    ]
             elif not self.cut.resident:
                 pairs.append((slab.at[:, columns], self.weights.at[slot]))
             for place, here in pairs:
@@ -219,9 +247,12 @@ class Block(NamedTuple):
                 own = k if self.cut.resident else slot
                 return self.weights.at[own], self.operands.at[slot]
             slab = self.weights.at[lax.rem(k, 2)]
-            self.turn(
-                lambda first, n: self.strips.at[slot, n, pl.ds(first, SLAB), :], slab
-            )
+
+            def strip(first: int, n: int) -> tuple[Any, Any]:
+                _, again = self.lying(k, first, SLAB, self.cut.strips)
+                return self.strips.at[slot, n, pl.ds(first, SLAB), :], again
+
+            self.turn(strip, slab)
             plgpu.commit_smem()
             return slab, self.operands.at[slot]
 

@@ -1,10 +1,11 @@
 """What a forward kernel runs over: the gates of all steps, or a piece of them.
 
 Axes     T time, N batch in whole tiles, P hidden size in whole groups of units; of a
-         piece, S planes of M rows each: those that the batch has, or more.
+         piece, S planes of M rows of W units each: those that there are, or more.
 Tiles    Of a piece whose M rows are no whole tiles, the last one ends at the last row,
-         and has some of the rows of the one before. Both compute and write the same.
-         States, lengths and resets are there in tiles (`arrange.in_tiles`).
+         and has some of the rows of the one before. Both compute and write the same. So
+         it is with W units and groups of 64. States, lengths and resets are there in
+         tiles and groups (`arrange.in_tiles`).
 """
 
 import dataclasses
@@ -18,6 +19,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from flax_lstm_kernels import compat
+from flax_lstm_kernels.gpu.arrange import UNITS
+from flax_lstm_kernels.gpu.cluster_tiles import EIGHT
+from flax_lstm_kernels.gpu.common import place_of
 
 
 @partial(
@@ -30,8 +34,8 @@ class Piece:
     """What a kernel forward is given where nothing is kept.
 
     Attributes:
-      hs: Reference to `[T M, P]`, to be written in place.
-      planes: Reference to `[S M, P]` with the gates before activation, in the dtype of
+      hs: Reference to `[T M, W]`, to be written in place.
+      planes: Reference to `[S M, W]` with the gates before activation, in the dtype of
         hs; None where that is hs.
       now: int32, `Cut.first`, `count`, `plane` and `apart`.
       count: Steps of this piece.
@@ -50,7 +54,7 @@ class Span(NamedTuple):
 
     Attributes:
       gates: Reference to the gates of all steps `[T, N, 4, P]`, or to planes
-        `[S M, P]`.
+        `[S M, W]`.
       first: The first step.
       count: How many there are.
       plane: That of gate i of the first step; None where there are no planes.
@@ -80,10 +84,11 @@ class Span(NamedTuple):
 
     def rows(self, tile: Any, size: int) -> Any:
         """Returns the rows of a tile in gates and hs."""
-        first = tile * size
-        if self.held is not None and self.held % size:
-            first = jnp.minimum(first, self.held - size)
-        return pl.ds(first, size)
+        return place_of(tile * size, size, size, self.held or 0)[0]
+
+    def units(self, number: Any, size: int) -> Any:
+        """Returns units in gates and hs, a so-manyth of P, some of a group of 64."""
+        return place_of(number * size, size, UNITS, self.gates.shape[-1])[0]
 
     def gate(self, t: Any, rows: Any, n: int, units: Any) -> Any:
         """Returns where gate n of step t lies, of the rows of a tile."""
@@ -112,11 +117,14 @@ class Kind(NamedTuple):
       keep: All steps are run, and what the backward pass needs is kept.
       planes: A piece has planes that are not those of hs.
       held: M of a piece.
+      by_eights: Rows and units of gates and hs come in whole eights and 64s, in which
+        TMA copies: a copy that began within one would end with it.
     """
 
     keep: bool
     planes: bool
     held: int | None
+    by_eights: bool = True
 
     @classmethod
     def of(cls, source: Any) -> "Kind":
@@ -124,7 +132,12 @@ class Kind(NamedTuple):
         piece = isinstance(source, Piece)
         if not piece:
             return cls(keep=True, planes=False, held=None)
-        return cls(keep=False, planes=source.planes is not None, held=source.rows)
+        return cls(
+            keep=False,
+            planes=source.planes is not None,
+            held=source.rows,
+            by_eights=source.rows % EIGHT == source.hs.shape[-1] % UNITS == 0,
+        )
 
     def taken(self, take: Callable[..., Any]) -> tuple[Any, Span]:
         """Takes what `opened` gave; returns hs (None with `keep`)."""

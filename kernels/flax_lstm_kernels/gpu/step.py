@@ -68,7 +68,7 @@ def forward_body(*refs: Any, cut: Cut, kind: Kind, cuts: bool, plain: bool) -> N
     @pl.when(t >= ends[tile])
     def clear() -> None:
         nothing = jnp.zeros_like(block.load(c_state.at[rows, units]))
-        block.store(span.place(hs, t, held, units), nothing)
+        block.store(span.place(hs, t, held, span.units(unit, UNITS)), nothing)
 
 
 def activate_body(*refs: Any, cut: Cut, cuts: bool, plain: bool) -> None:
@@ -154,7 +154,8 @@ def forward_pass(
     """Runs the kernel forward; arguments and results as `single.forward_pass`."""
     (filled, size), dtype, kind = c.shape, weights.dtype, Kind.of(source)
     first, steps = (0, len(source)) if kind.keep else (source.now[0], source.count)
-    cut = Cut(plan.rows, size, dtype, plan.stages, resident=False, strips=True)
+    held = weights.shape[0]
+    cut = Cut(plan.rows, size, dtype, plan.stages, resident=False, strips=held)
     given = [weights, tile_ends(lengths, plan.rows)]
     given += masks(lengths, resets)
     body = partial(forward_body, kind=kind, cuts=bool(resets.size))
