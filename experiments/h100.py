@@ -46,12 +46,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 RESULTS = Path(__file__).parent / "results" / "h100"
 NUMBERS = (
     *("numbers-single-64", "numbers-single-128", "numbers-single-100"),
-    *("numbers-cluster-256", "numbers-cluster-512", "numbers-step-2048"),
+    *("numbers-cluster-256", "numbers-cluster-512", "numbers-step-2000"),
 )
 STAGES = (
     (60, ("environment",)),
     (120, NUMBERS),  # mostly compiling: together they take the machine's cores
-    (60, ("numbers-grid-1024",)),  # which wants the device for itself
+    (60, ("numbers-grid-1000",)),  # which wants the device for itself
     (40, ("numbers-grid-640",)),
     (170, ("race-bfloat16",)),
     (170, ("race-float32",)),

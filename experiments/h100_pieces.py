@@ -27,8 +27,9 @@ from flax_lstm.bench.timing import alternate
 
 APART = (None, 64, 1 << 20)
 """Steps with memory of their own; None: as chosen. The last is one piece of all."""
-FILLED_UP = (
-    Shape("units-100", 250, 244, 128, 100, "units of no whole 64"),
+ODD = (
+    Shape("units-100", 250, 244, 128, 100, "rows and units of no whole tile"),
+    Shape("units-50", 256, 244, 128, 50, "units filled up, in copies"),
     Shape("row-128", 1, 244, 300, 128, "one row, H 128"),
 )
 
@@ -42,6 +43,7 @@ def apart(steps: int | None) -> Iterator[None]:
     wanted = {
         "LAST": steps,
         "LAST_BYTES": 1 << 60,
+        "ODD_LAST": steps,
         "ROW_LAST": steps,
         "LEAST": steps,
         "PIECES": 1,
@@ -106,7 +108,7 @@ def rows_of(shape: Shape, dtype: str, *, rounds: int, budget_s: float) -> list[d
 
 def pieces_part(shapes: Sequence[Shape], out: Path, dry: bool) -> None:
     """Writes `pieces.csv`: every shape, in bfloat16."""
-    shapes = shapes[:1] if dry else (*shapes, *FILLED_UP)
+    shapes = shapes[:1] if dry else (*shapes, *ODD)
     options = {"rounds": 1, "budget_s": 0.0} if dry else {"rounds": 5, "budget_s": 1.0}
     rows = []
     for shape in shapes:
