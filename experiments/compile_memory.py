@@ -42,8 +42,7 @@ MORE = {
     "v5e": ((244, 256, 128, 64), (1024, 4, 256, 256)),
     "h100": ((244, 256, 128, 64),),
 }
-# One row; rows of no whole tile, even and odd; units of no whole 64, and both. Units
-# are filled up, in pieces of time, and rows of `single`.
+# One row; rows of no whole tile, even and odd; units of no whole 64, and both.
 ODD = {
     "h100": (
         (2048, 1, 1024, 1024),

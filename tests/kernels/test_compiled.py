@@ -43,12 +43,8 @@ for shape in ODD.get(target, ())[:1]:
     # and h as operand, twice.
     states = 8 * (2 * (4 + 2) + 2 * 2)
     asked += [(shape, "forward", (4 * 16 * 2 + 4 * 4 + states) * shape[-1] / 2**20)]
-# Rows of no whole eights, in which TMA copies, are filled up in pieces of 16 steps,
-# whose planes are apart.
-for shape in ODD.get(target, ())[1:3]:
-    _, rows, _, hidden = shape
-    planes = 4 * 16 * -(-rows // 8) * 8
-    asked += [(shape, "forward", planes * hidden * 2 / 2**20)]
+# Rows and units of no whole tile are read and written where they lie.
+asked += [(shape, "forward", 0) for shape in ODD.get(target, ())[1:]]
 for shape, mode, above, *dtype in asked:
     plans = [
         planned(target, shape, name, mode, place, lengths, *dtype)
