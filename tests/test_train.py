@@ -135,6 +135,7 @@ def test_loss_accuracy_and_gradient_equal_numpy(loss, sparse):
     assert int(new.step) == 1
 
 
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("junk", [0, 7])
 def test_filler_rows_change_nothing(junk):
     """Whatever they hold, and though their words have momentum from a step before."""
@@ -222,6 +223,7 @@ WAYS = {
 }
 
 
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("case", WAYS)
 def test_every_way_of_going_parallel_gives_the_same_parameters(case):
     """Dropout, clipping, weights, carried state and lazy rows included."""
@@ -303,6 +305,7 @@ def test_the_state_is_donated_and_the_callers_own_is_not():
 # ------------------------------------------------------------ gradient accumulation
 
 
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize(
     ("case", "mode"),
     [("adamw-sparse", "jit"), ("adadelta-carry", "sharded"), ("adamw-dense", "pmap")],

@@ -13,9 +13,9 @@ SOAK = Path(__file__).parents[2] / "experiments" / "soak.py"
 
 @pytest.mark.usefixtures("compilation_cache")
 def test_a_run_bears_faults_without_end_and_leaks_nothing(tmp_path):
-    """Sixty epochs with a save every seven steps, and four faults between them."""
+    """Sixty epochs with a save every seven steps, and two faults between them."""
     done = subprocess.run(
-        [sys.executable, str(SOAK), "--epochs", "60", "--faults", "4", "--dry"],
+        [sys.executable, str(SOAK), "--epochs", "60", "--faults", "2", "--dry"],
         capture_output=True,
         text=True,
         timeout=540,

@@ -1,12 +1,14 @@
 """Counts what was done with the kernels, and says so at the end of the tests."""
 
 import importlib
+import threading
 from collections import Counter
 from pathlib import Path
 
 import jax
 import pytest
 from flax_lstm_kernels.gpu import common
+from jax._src.pallas.mosaic.interpret import thread_map
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 # A test of a kernel may be marked with what it does: `pytest.mark.kernels("lowered")`.
@@ -16,6 +18,28 @@ WAYS = ("interpreted", "lowered", "compiled")
 @pytest.fixture(autouse=True)
 def interpreted_in_a_hurry(hurried):
     """What the interpreters make of a kernel is large, and nobody's but the tests'."""
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """Has the interpreter compile what a thread of a kernel runs once.
+
+    JAX 0.10.2 does so for each thread at each launch, which is most of the time that a
+    sequence in pieces takes; 0.12 once, but for threads that come at the same time.
+    """
+    programs, compiling = {}, threading.Lock()
+
+    def run(jaxpr, consts, *arguments):
+        def thread(consts, *arguments):
+            jax.core.eval_jaxpr(jaxpr, consts, *arguments)
+
+        with compiling:
+            if jaxpr not in programs:
+                programs[jaxpr] = jax.jit(thread).lower(consts, *arguments).compile()
+        programs[jaxpr](consts, *arguments)
+
+    # Of the name that it has in both; without it these tests fail, rather than crawl.
+    monkeypatch.setattr(thread_map, "_run_jaxpr", run)
 
 
 @pytest.fixture

@@ -162,29 +162,24 @@ PLANS = {
     ("kernel", "steps", "rows", "size", "hidden", "reverse", "dtype"),
     [
         ("single", 7, 8, 2, 64, False, "float32"),
-        ("single", 7, 8, 2, 64, True, "float32"),
-        ("step", 7, 8, 2, 64, False, "float32"),
-        ("single", 7, 9, 2, 7, True, "float32"),
-        ("single", 7, 9, 35, 7, True, "bfloat16"),
+        ("step", 5, 8, 2, 64, False, "float32"),
         # In place, also of units of no whole group.
         ("single", 7, 9, 35, 64, True, "float32"),
-        ("single", 6, 16, 35, 100, False, "bfloat16"),
+        ("single", 5, 9, 35, 100, False, "bfloat16"),
         ("single", 13, 1, 35, 100, True, "bfloat16"),
         ("cluster", 3, 9, 2, 90, True, "float32"),
         ("grid", 2, 8, 35, 90, False, "float32"),
         ("step", 3, 9, 35, 90, True, "bfloat16"),
         ("step", 9, 1, 35, 72, False, "bfloat16"),
-        ("step", 7, 3, 2, 7, False, "float32"),
-        ("step", 7, 10, 2, 64, True, "float32"),
-        ("single", 13, 9, 35, 64, False, "bfloat16"),
         # In copies of rows that are not filled up.
+        ("single", 7, 9, 35, 7, True, "bfloat16"),
         ("single", 7, 12, 35, 7, True, "float32"),
         ("cluster", 7, 10, 2, 60, False, "float32"),
         ("step", 13, 1, 35, 7, True, "float32"),  # some steps are projected again
+        ("step", 7, 3, 2, 7, False, "float32"),
         # Whole tiles, whose hs take the place of gates.
         ("cluster", 7, 8, 35, 60, True, "float32"),
-        ("grid", 7, 16, 2, 60, False, "float32"),
-        ("grid", 7, 8, 2, 7, True, "bfloat16"),
+        ("grid", 4, 16, 2, 60, False, "float32"),
         ("step", 7, 16, 35, 7, True, "float32"),
     ],
 )
@@ -223,7 +218,6 @@ WITHIN, APART = True, False  # hs, planes are
     ("steps", "reverse", "rows_of_hs", "expected"),
     [
         (43, False, 1, [(8, WITHIN), *[(8, APART)] * 4, (3, APART)]),
-        (43, True, 1, [(8, WITHIN), *[(8, APART)] * 4, (3, APART)]),
         (13, True, 1, [(8, APART), (5, APART)]),
         (5, False, 8, [(5, WITHIN)]),  # less than `project` has in a tile: filled up
     ],
@@ -392,7 +386,7 @@ def lowered_for_cuda(function, arrays):
 @pytest.mark.kernels("lowered")
 def test_the_projected_inputs_of_all_steps_are_nowhere(kernel):
     """Nor is a kernel of every piece in the program, but for `step`, which loops."""
-    steps, rows, size, hidden = 251, 512, 40, 128
+    steps, rows, size, hidden = 91, 512, 40, 128
     plan = PLANNERS[kernel](Sizes("forward", steps, rows, hidden, 2, keep=False))
     assert isinstance(plan, Plan)
     arrays = arguments_like(steps, rows, size, hidden)
