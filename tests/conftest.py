@@ -63,7 +63,9 @@ def hurried() -> Iterator[None]:
 
     For tests that hold what our Python asks of XLA against something else, with a
     tolerance. Not where bits, time or memory matter, nor where it is to be seen how
-    accurate a program is that users run.
+    accurate a program is that users run. What JAX compiles meanwhile for a function of
+    its own or of Flax it keeps, and later tests get, too: not where bits of such a
+    function are compared in another file.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     yield

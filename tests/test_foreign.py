@@ -154,7 +154,6 @@ def test_saturated_and_undefined_gates():
 
 
 @needs_kernel
-@pytest.mark.usefixtures("hurried")
 def test_every_mode_of_differentiation_agrees_with_the_scan():
     params, x, state, masks = inputs_of(SHAPES["odd"], lengths=True, resets=True)
 

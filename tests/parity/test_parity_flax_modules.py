@@ -18,7 +18,7 @@ import flax_lstm.linen
 import flax_lstm.nnx
 from flax_lstm import convert
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("hurried")]
+pytestmark = pytest.mark.parity
 
 B, T, D, H = 3, 4, 5, 6
 TOLERANCE = float32(T)

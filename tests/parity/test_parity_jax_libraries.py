@@ -28,7 +28,7 @@ from parity_common import (
 
 from flax_lstm import LSTMState, convert, lstm
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("hurried")]
+pytestmark = pytest.mark.parity
 
 FIRST = {"layers": 1, "directions": 1, "lengths": False}
 LEAVES = (("kernel", "w"), ("bias", "b"))  # TF1's name and Haiku's
