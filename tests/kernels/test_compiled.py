@@ -43,14 +43,9 @@ for shape in ODD.get(target, ())[:1]:
     # and h as operand, twice.
     states = 8 * (2 * (4 + 2) + 2 * 2)
     asked += [(shape, "forward", (4 * 16 * 2 + 4 * 4 + states) * shape[-1] / 2**20)]
-# Rows and units of no whole tile are read and written where they lie. For rows and
-# units that both are none JAX 0.12 keeps less for a scan than 0.10 does, and inference
-# is above it, by less than the planes of the two steps that are projected apart.
+# Rows and units of no whole tile are read and written where they lie.
 for shape in ODD.get(target, ())[2:]:
-    both = shape[1] % 8 and shape[3] % 64
-    planes = 2 * 4 * shape[1] * shape[3] * 2 / 2**20
-    newer = jax.__version_info__ >= (0, 12)
-    asked += [(shape, "forward", planes if both and newer else 0)]
+    asked += [(shape, "forward", 0)]
 for shape, mode, above, *dtype in asked:
     plans = [
         planned(target, shape, name, mode, place, lengths, *dtype)

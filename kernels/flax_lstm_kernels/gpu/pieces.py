@@ -41,7 +41,7 @@ from flax_lstm_kernels.gpu.source import Piece
 # Steps whose planes have a memory of their own: so many, or what takes so many bytes.
 LAST = 4
 LAST_BYTES = 4 << 20
-ODD_LAST = 2  # of no whole eights and groups, whose states are there once more
+ODD_LAST = 1  # of no whole eights and groups, whose states are there once more
 ROW_LAST = 16  # of one row
 # Steps of a copied piece, where there are that many: at least so many, or so manyth of
 # all, of copied inputs twice that; and as many as have planes of so many bytes. By
@@ -130,7 +130,7 @@ def last_steps(steps: int, rows: int, units: int, itemsize: int) -> int:
     >>> last_steps(244, 256, 128, 2), last_steps(244, 1024, 256, 2)
     (4, 2)
     >>> last_steps(244, 250, 100, 2), last_steps(244, 1, 1024, 2)
-    (2, 16)
+    (1, 16)
     """
     last = LAST if rows % EIGHT == units % UNITS == 0 else ODD_LAST
     last = ROW_LAST if rows == 1 else last
